@@ -1,0 +1,201 @@
+"""Looking at jobs, batches, lanes and workers."""
+
+import base64
+import binascii
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+from uuid import UUID
+
+from sqlalchemy import Connection, RowMapping
+
+from farm.errors import InvalidRequest, NotFound
+from farm.jobs.running import StoredImage
+from farm.queries import reading as rows
+from farm.queries import workers as worker_rows
+from farm.states import JobState
+from farm.views import BatchView, Counts, Event, ImageView, JobError, JobView, LaneView, Page, WorkerView
+
+EVENTS_AT_ONCE = 200
+LOST_AFTER = "20 seconds"
+"""A worker whose heartbeat is older is shown as lost."""
+
+START = ("0", UUID(int=0))
+
+
+def get_job(conn: Connection, project_id: UUID, job_id: UUID) -> JobView:
+    """One job. Raises NotFound, also for another project's."""
+    row = rows.job(conn, project_id, job_id)
+    if row is None:
+        raise NotFound(f"there is no job {job_id}")
+    return job_view(row)
+
+
+def image_of(conn: Connection, project_id: UUID, job_id: UUID) -> StoredImage:
+    """Where a job's picture lies. Raises NotFound, with the job's state where there is no picture yet."""
+    row = rows.job(conn, project_id, job_id)
+    if row is None:
+        raise NotFound(f"there is no job {job_id}")
+    if row["key"] is None:
+        raise NotFound(f"job {job_id} is {row['state']} and has no image", state=row["state"])
+    names = ("key", "thumbnail_key", "sha256", "bytes", "width", "height", "thumbnail_bytes")
+    return StoredImage(**{name: row[name] for name in names})
+
+
+def list_jobs(
+    conn: Connection,
+    project_id: UUID,
+    *,
+    states: Sequence[JobState | str] = (),
+    labels: Mapping[str, str] | None = None,
+    batch: UUID | None = None,
+    cursor: str | None = None,
+    limit: int = 50,
+) -> Page[JobView]:
+    """Jobs of a batch in their order, or of the project newest first; `labels` must all match.
+
+    Raises InvalidRequest for a cursor that no page gave, NotFound for an unknown batch.
+    """
+    if batch is not None:
+        get_batch(conn, project_id, batch)
+    found = rows.jobs(
+        conn,
+        project_id,
+        states=[str(state) for state in states],
+        labels=labels or {},
+        batch=batch,
+        after=_decode(cursor),
+        limit=limit + 1,
+    )
+    return Page(items=[job_view(row) for row in found[:limit]], next_cursor=_next(found, limit))
+
+
+def get_batch(conn: Connection, project_id: UUID, batch_id: UUID) -> BatchView:
+    """One batch with its counts. Raises NotFound, also for another project's."""
+    row = rows.batch(conn, project_id, batch_id)
+    if row is None:
+        raise NotFound(f"there is no batch {batch_id}")
+    return batch_view(row)
+
+
+def list_batches(
+    conn: Connection,
+    project_id: UUID,
+    *,
+    state: Literal["active", "done", "paused"] | None = None,
+    labels: Mapping[str, str] | None = None,
+    cursor: str | None = None,
+    limit: int = 50,
+) -> Page[BatchView]:
+    """Batches of the project, newest first."""
+    found = rows.batches(conn, project_id, state=state, labels=labels or {}, after=_decode(cursor), limit=limit + 1)
+    return Page(items=[batch_view(row) for row in found[:limit]], next_cursor=_next(found, limit))
+
+
+def queue(conn: Connection) -> list[LaneView]:
+    """Every lane with open jobs, deepest first, at most a thousand."""
+    return [
+        LaneView(
+            lane=row["lane"],
+            pool=row["pool"],
+            checkpoint=row["checkpoint"],
+            depth=row["depth"],
+            running=row["running"],
+            oldest_age_seconds=None if row["age"] is None else float(row["age"]),
+            images_per_second=round(float(row["rate"]), 3),
+        )
+        for row in rows.queue(conn)
+    ]
+
+
+def workers(conn: Connection) -> list[WorkerView]:
+    """Every worker that has not left."""
+    found = worker_rows.present(conn, LOST_AFTER)
+    return [WorkerView(**{**row, "state": "lost" if row["lost"] else row["state"]}) for row in found]
+
+
+def events(conn: Connection, project_id: UUID, batch_id: UUID, after: str | None) -> list[Event]:
+    """What happened in a batch since event `after`: jobs that became terminal in commit order, then its progress.
+
+    The last event is `done` once every terminal job was reported and none is open. Raises NotFound; InvalidRequest for
+    an id that no event had.
+    """
+    cursor = _event_cursor(after)
+    batch = get_batch(conn, project_id, batch_id)
+    found = rows.finished(conn, project_id, batch_id, xid=cursor[0], job_id=cursor[1], limit=EVENTS_AT_ONCE)
+    out = [
+        Event(id=f"{row['xid']}.{row['id']}", event="job", data=job_view(row).model_dump(mode="json")) for row in found
+    ]
+    last = out[-1].id if out else f"{cursor[0]}.{cursor[1]}"
+    progress = batch.model_dump(mode="json")
+    out.append(Event(id=last, event="progress", data=progress))
+    if batch.done and not found:
+        out.append(Event(id=last, event="done", data=progress))
+    return out
+
+
+def job_view(row: RowMapping) -> JobView:
+    """The view of a job's row."""
+    body, names = row["body"], row["names"]
+    image = None
+    if row["sha256"] is not None:
+        image = ImageView(sha256=row["sha256"], bytes=row["bytes"], width=row["width"], height=row["height"])
+    error = None
+    if row["error_code"] is not None:
+        error = JobError(code=row["error_code"], message=row["error_message"] or "")
+    recipe: dict[str, Any] = {
+        name: body[name]
+        for name in ("prompt", "negative_prompt", "width", "height", "steps", "guidance_scale", "scheduler", "seed")
+    }
+    same = ("id", "batch_id", "number", "state", "attempt", "priority", "labels", "warnings")
+    moments = ("created_at", "run_at", "started_at", "finished_at")
+    return JobView(
+        **{name: row[name] for name in (*same, *moments)},
+        **recipe,
+        checkpoint=names["checkpoint"],
+        adapters=names["adapters"],
+        acceleration=names["acceleration"],
+        error=error,
+        image=image,
+    )
+
+
+def batch_view(row: RowMapping) -> BatchView:
+    """The view of a batch's row."""
+    counts = Counts(**{name: int(row[name] or 0) for name in Counts.model_fields})
+    rate = float(row["rate"])
+    left = counts.queued + counts.running
+    eta = 0.0 if left == 0 else (left / rate if rate > 0 and not row["paused"] else None)
+    same = ("id", "name", "total", "priority", "paused", "labels", "warnings", "created_at")
+    return BatchView(
+        **{name: row[name] for name in same},
+        counts=counts,
+        images_per_second=round(rate, 3),
+        eta_seconds=None if eta is None else round(eta, 1),
+    )
+
+
+def _next(found: Sequence[RowMapping], limit: int) -> str | None:
+    return _encode(found[limit - 1]["id"]) if len(found) > limit else None
+
+
+def _encode(last: UUID) -> str:
+    return base64.urlsafe_b64encode(last.bytes).decode().rstrip("=")
+
+
+def _decode(cursor: str | None) -> UUID | None:
+    if cursor is None:
+        return None
+    try:
+        return UUID(bytes=base64.urlsafe_b64decode(cursor + "=="))
+    except (ValueError, binascii.Error) as error:
+        raise InvalidRequest("cursor is not one that a page of this list gave as next_cursor") from error
+
+
+def _event_cursor(after: str | None) -> tuple[str, UUID]:
+    if not after:
+        return START
+    xid, _, job = after.partition(".")
+    try:
+        return str(int(xid)), UUID(job)
+    except ValueError as error:
+        raise InvalidRequest("Last-Event-ID is not the id of an event of this stream") from error

@@ -1,0 +1,30 @@
+"""What worker processes tell of themselves."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+from uuid import UUID
+
+from sqlalchemy import Connection
+
+from farm.queries import workers as rows
+
+
+def hello(conn: Connection, *, worker: UUID, pool: str, host: str, pid: int, device: str, version: str) -> None:
+    """A worker process starts. The same id after a restart replaces its row."""
+    rows.hello(conn, worker=worker, pool=pool, host=host, pid=pid, device=device, version=version)
+
+
+def tell(
+    conn: Connection,
+    *,
+    worker: UUID,
+    state: Literal["starting", "idle", "busy", "leaving"],
+    warm: Sequence[dict[str, Any]] = (),
+) -> None:
+    """A heartbeat: state, and what is warm (`checkpoint`, `adapters`, `bytes`, ...)."""
+    rows.tell(conn, worker=worker, state=state, warm=warm)
+
+
+def goodbye(conn: Connection, *, worker: UUID) -> None:
+    """A worker process leaves in order."""
+    rows.goodbye(conn, worker=worker)

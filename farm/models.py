@@ -1,0 +1,377 @@
+"""The tables, as the design's words say. `migrations/` holds how they came to be; a test compares the two.
+
+Hot and narrow: `jobs` holds what the queue decides by, `recipes` beside it what a job renders. Nothing that a heartbeat
+changes is indexed.
+"""
+
+import uuid
+from datetime import datetime
+from typing import Any, ClassVar
+
+from sqlalchemy import (
+    ARRAY,
+    BigInteger,
+    CheckConstraint,
+    DateTime,
+    ForeignKey,
+    Identity,
+    Index,
+    LargeBinary,
+    MetaData,
+    SmallInteger,
+    Text,
+    Uuid,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.types import UserDefinedType
+
+SCHEMA_VERSION = "0001"
+"""The Alembic revision this code was written for; a process refuses any other."""
+
+NOW = text("clock_timestamp()")
+EMPTY_OBJECT = text("'{}'::jsonb")
+EMPTY_ARRAY = text("'{}'::text[]")
+QUEUED = text("state = 'queued'")
+RUNNING = text("state = 'running'")
+
+
+class Xid8(UserDefinedType[str]):
+    """A 64-bit transaction id: tells which changes every reader can already see, in an order without gaps."""
+
+    cache_ok: ClassVar[bool] = True
+
+    def get_col_spec(self, **_: Any) -> str:
+        return "xid8"
+
+
+class Base(DeclarativeBase):
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+    type_annotation_map: ClassVar[dict[Any, Any]] = {
+        datetime: DateTime(timezone=True),
+        uuid.UUID: Uuid(),
+        str: Text(),
+        dict[str, Any]: JSONB(),
+        list[str]: ARRAY(Text()),
+        bytes: LargeBinary(),
+    }
+
+
+class Project(Base):
+    """The tenant. `served` counts jobs claimed lately (it halves every ten minutes); fair share reads it."""
+
+    __tablename__ = "projects"
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(unique=True)
+    served: Mapped[float] = mapped_column(server_default=text("0"))
+    served_at: Mapped[datetime] = mapped_column(server_default=NOW)
+    created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+
+
+class ApiKey(Base):
+    """How a project proves who it is: sha256 of 256 random bits; `prefix` is the part that may be shown."""
+
+    __tablename__ = "api_keys"
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    project_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("projects.id"))
+    name: Mapped[str]
+    prefix: Mapped[str] = mapped_column(index=True)
+    digest: Mapped[bytes]
+    scopes: Mapped[list[str]]
+    created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+    expires_at: Mapped[datetime | None]
+    revoked_at: Mapped[datetime | None]
+
+
+class Model(Base):
+    """A checkpoint or an adapter at a content hash, under the name jobs use."""
+
+    __tablename__ = "models"
+    name: Mapped[str] = mapped_column(primary_key=True)
+    hash: Mapped[str] = mapped_column(index=True)
+    kind: Mapped[str]
+    family: Mapped[str]
+    state: Mapped[str]
+    reason: Mapped[str | None]
+    bytes: Mapped[int] = mapped_column(BigInteger)
+    profile: Mapped[dict[str, Any]] = mapped_column(server_default=EMPTY_OBJECT)
+    source: Mapped[dict[str, Any]] = mapped_column(server_default=EMPTY_OBJECT)
+    created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+    __table_args__ = (
+        CheckConstraint("kind IN ('checkpoint', 'acceleration', 'style')", name="kind"),
+        CheckConstraint("state IN ('pending', 'available', 'refused')", name="state"),
+    )
+
+
+class ModelFile(Base):
+    """One file of a model's content. Kept as long as any recipe may name the hash; names come and go."""
+
+    __tablename__ = "model_files"
+    hash: Mapped[str] = mapped_column(primary_key=True)
+    path: Mapped[str] = mapped_column(primary_key=True)
+    key: Mapped[str]
+    sha256: Mapped[str]
+    bytes: Mapped[int] = mapped_column(BigInteger)
+
+
+class Batch(Base):
+    """Jobs submitted together."""
+
+    __tablename__ = "batches"
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    project_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("projects.id"))
+    name: Mapped[str]
+    labels: Mapped[dict[str, Any]] = mapped_column(server_default=EMPTY_OBJECT)
+    warnings: Mapped[list[str]] = mapped_column(server_default=EMPTY_ARRAY)
+    total: Mapped[int] = mapped_column(BigInteger)
+    priority: Mapped[int]
+    created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+    deleted_at: Mapped[datetime | None]
+    __table_args__ = (
+        Index(None, "project_id", "id", postgresql_where=text("deleted_at IS NULL")),
+        Index("ix_batches_deleted", "id", postgresql_where=text("deleted_at IS NOT NULL")),
+    )
+
+
+class Segment(Base):
+    """The jobs of one batch in one lane: what scheduling, pausing, cancelling and reprioritising act on.
+
+    `head_run_at, head_id` is a lower bound of its queued jobs' places: claims start looking there, so they never step
+    over the dead entries of jobs already rendered. NULL means that nothing is queued. Requeueing lowers it, the sweeper
+    raises it, both under the row's lock.
+
+    `cancelling` and `retrying` ask the sweeper to turn the remaining rows over in pieces.
+    """
+
+    __tablename__ = "segments"
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    batch_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("batches.id"), index=True)
+    project_id: Mapped[uuid.UUID]
+    pool: Mapped[str]
+    lane: Mapped[str]
+    checkpoint: Mapped[str]
+    priority: Mapped[int]
+    paused: Mapped[bool] = mapped_column(server_default=text("false"))
+    cancelling: Mapped[bool] = mapped_column(server_default=text("false"))
+    retrying: Mapped[bool] = mapped_column(server_default=text("false"))
+    head_run_at: Mapped[datetime | None]
+    head_id: Mapped[uuid.UUID | None]
+    created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+    __table_args__ = (
+        Index(
+            "ix_segments_ready",
+            "pool",
+            text("priority DESC"),
+            "head_run_at",
+            "id",
+            postgresql_where=text("head_run_at IS NOT NULL AND NOT paused AND NOT cancelling"),
+        ),
+        Index(
+            "ix_segments_lane",
+            "pool",
+            "lane",
+            text("priority DESC"),
+            "head_run_at",
+            postgresql_where=text("head_run_at IS NOT NULL AND NOT paused AND NOT cancelling"),
+        ),
+        Index("ix_segments_turning", "id", postgresql_where=text("cancelling OR retrying")),
+    )
+
+
+class Job(Base):
+    """One request for one image: the unit of state, claim and retry.
+
+    `attempt` rises at every claim and is never used again. `alone` asks for a claim without neighbours, after a crash.
+    `finished_xid` orders terminal jobs by commit for the event stream.
+    """
+
+    __tablename__ = "jobs"
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    segment_id: Mapped[uuid.UUID]
+    batch_id: Mapped[uuid.UUID]
+    project_id: Mapped[uuid.UUID]
+    number: Mapped[int]
+    state: Mapped[str]
+    adapter_set: Mapped[str]
+    run_at: Mapped[datetime]
+    created_at: Mapped[datetime]
+    attempt: Mapped[int] = mapped_column(server_default=text("0"))
+    failures: Mapped[int] = mapped_column(SmallInteger, server_default=text("0"))
+    crashes: Mapped[int] = mapped_column(SmallInteger, server_default=text("0"))
+    alone: Mapped[bool] = mapped_column(server_default=text("false"))
+    cancel_requested_at: Mapped[datetime | None]
+    started_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+    finished_xid: Mapped[str | None] = mapped_column(Xid8())
+    error_code: Mapped[str | None]
+    error_message: Mapped[str | None]
+    __table_args__ = (
+        CheckConstraint("state IN ('queued', 'running', 'succeeded', 'failed', 'cancelled')", name="state"),
+        CheckConstraint(
+            "(finished_at IS NOT NULL) = (state IN ('succeeded', 'failed', 'cancelled'))", name="finished_iff_terminal"
+        ),
+        CheckConstraint("(finished_at IS NULL) = (finished_xid IS NULL)", name="finished_in_a_transaction"),
+        Index("ix_jobs_queue", "segment_id", "run_at", "id", postgresql_where=QUEUED),
+        Index("ix_jobs_queue_set", "segment_id", "adapter_set", "run_at", "id", postgresql_where=QUEUED),
+        Index("ix_jobs_running", "segment_id", "id", postgresql_where=RUNNING),
+        Index("ix_jobs_failed", "project_id", "id", postgresql_where=text("state = 'failed'")),
+        Index("ix_jobs_finished", "batch_id", "finished_xid", "id", postgresql_where=text("finished_xid IS NOT NULL")),
+        Index(None, "batch_id", "id"),
+        Index(None, "project_id", "id"),
+    )
+
+
+class RecipeRow(Base):
+    """What a job renders, beside the job so that the queue stays narrow. `names` are the names it was asked by."""
+
+    __tablename__ = "recipes"
+    job_id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    hash: Mapped[bytes]
+    body: Mapped[dict[str, Any]]
+    names: Mapped[dict[str, Any]]
+    labels: Mapped[dict[str, Any]]
+    warnings: Mapped[list[str]] = mapped_column(server_default=EMPTY_ARRAY)
+    metadata_wanted: Mapped[bool] = mapped_column(server_default=text("true"))
+    __table_args__ = (
+        Index(
+            "ix_recipes_labels",
+            "labels",
+            postgresql_using="gin",
+            postgresql_ops={"labels": "jsonb_path_ops"},
+            postgresql_where=text("labels <> '{}'::jsonb"),
+        ),
+    )
+
+
+class Claim(Base):
+    """One micro-batch taken by one worker. The id is made by the worker, so a claim whose answer was lost is known."""
+
+    __tablename__ = "claims"
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    worker_id: Mapped[uuid.UUID]
+    lease_until: Mapped[datetime]
+    created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+    closed_at: Mapped[datetime | None]
+    __table_args__ = (
+        Index("ix_claims_open", "worker_id", "id", postgresql_where=text("closed_at IS NULL")),
+        {"postgresql_with": {"fillfactor": "70"}},
+    )
+
+
+class Attempt(Base):
+    """One numbered try at a job inside a claim. A lost attempt that uploaded keeps its keys here for the sweeper."""
+
+    __tablename__ = "attempts"
+    job_id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True)
+    claim_id: Mapped[uuid.UUID] = mapped_column(index=True)
+    outcome: Mapped[str | None]
+    error_code: Mapped[str | None]
+    error_message: Mapped[str | None]
+    started_at: Mapped[datetime] = mapped_column(server_default=NOW)
+    finished_at: Mapped[datetime | None]
+    __table_args__ = (CheckConstraint("(outcome IS NULL) = (finished_at IS NULL)", name="finished_with_outcome"),)
+
+
+class Image(Base):
+    """The stored picture of a job: exactly one row for each job that succeeded."""
+
+    __tablename__ = "images"
+    job_id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    key: Mapped[str]
+    thumbnail_key: Mapped[str]
+    sha256: Mapped[str]
+    bytes: Mapped[int] = mapped_column(BigInteger)
+    thumbnail_bytes: Mapped[int] = mapped_column(BigInteger)
+    width: Mapped[int]
+    height: Mapped[int]
+    created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+
+
+class Worker(Base):
+    """A worker process and what it keeps warm."""
+
+    __tablename__ = "workers"
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    pool: Mapped[str]
+    host: Mapped[str]
+    pid: Mapped[int]
+    device: Mapped[str]
+    version: Mapped[str]
+    state: Mapped[str]
+    warm: Mapped[list[dict[str, Any]]] = mapped_column(JSONB, server_default=text("'[]'::jsonb"))
+    started_at: Mapped[datetime] = mapped_column(server_default=NOW)
+    heartbeat_at: Mapped[datetime] = mapped_column(server_default=NOW)
+    left_at: Mapped[datetime | None]
+    __table_args__ = ({"postgresql_with": {"fillfactor": "70"}},)
+
+
+class Counter(Base):
+    """Jobs of a segment by state, as of the last fold; the deltas not folded yet stand in `counter_deltas`."""
+
+    __tablename__ = "counters"
+    segment_id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    batch_id: Mapped[uuid.UUID] = mapped_column(index=True)
+    queued: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    running: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    succeeded: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    failed: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    cancelled: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    __table_args__ = (
+        Index("ix_counters_open", "segment_id", postgresql_where=text("queued > 0 OR running > 0")),
+        {"postgresql_with": {"fillfactor": "50"}},
+    )
+
+
+class CounterDelta(Base):
+    """One change of a segment's counts: appended by whoever moved jobs, folded by the sweeper. Never updated."""
+
+    __tablename__ = "counter_deltas"
+    id: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True)
+    segment_id: Mapped[uuid.UUID] = mapped_column(index=True)
+    batch_id: Mapped[uuid.UUID] = mapped_column(index=True)
+    project_id: Mapped[uuid.UUID]
+    queued: Mapped[int] = mapped_column(server_default=text("0"))
+    running: Mapped[int] = mapped_column(server_default=text("0"))
+    succeeded: Mapped[int] = mapped_column(server_default=text("0"))
+    failed: Mapped[int] = mapped_column(server_default=text("0"))
+    cancelled: Mapped[int] = mapped_column(server_default=text("0"))
+
+
+class Rate(Base):
+    """Images of a segment finished within one ten-second slot: what images per second are read from."""
+
+    __tablename__ = "rates"
+    slot: Mapped[datetime] = mapped_column(primary_key=True)
+    segment_id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    batch_id: Mapped[uuid.UUID]
+    succeeded: Mapped[int] = mapped_column(BigInteger)
+
+
+class DoomedObject(Base):
+    """An object in S3 that nothing refers to any more: its key, and when it may be deleted."""
+
+    __tablename__ = "doomed_objects"
+    key: Mapped[str] = mapped_column(primary_key=True)
+    delete_after: Mapped[datetime] = mapped_column(index=True)
+
+
+class IdempotentAnswer(Base):
+    """The answer to a request that carried an Idempotency-Key, written in the transaction that stored the batch."""
+
+    __tablename__ = "idempotency"
+    project_id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    key: Mapped[str] = mapped_column(primary_key=True)
+    request_hash: Mapped[bytes]
+    status: Mapped[int] = mapped_column(SmallInteger)
+    body: Mapped[dict[str, Any]]
+    created_at: Mapped[datetime] = mapped_column(server_default=NOW, index=True)

@@ -1,0 +1,193 @@
+"""Finding work and taking it."""
+
+from collections.abc import Collection, Sequence
+from datetime import datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Connection, RowMapping, text
+
+LEVEL_WIDTH = 8
+"""Segments looked at for each priority level: the oldest ones."""
+
+_READY = "head_run_at IS NOT NULL AND NOT paused AND NOT cancelling"
+
+_CANDIDATES = text(f"""
+    WITH RECURSIVE levels(priority) AS (
+        (SELECT priority FROM segments WHERE pool = :pool AND {_READY} ORDER BY priority DESC LIMIT 1)
+        UNION ALL
+        SELECT (SELECT s.priority FROM segments s WHERE s.pool = :pool AND {_READY} AND s.priority < levels.priority
+                ORDER BY s.priority DESC LIMIT 1)
+        FROM levels WHERE levels.priority IS NOT NULL
+    ), found AS (
+        SELECT s.* FROM levels CROSS JOIN LATERAL (
+            SELECT * FROM segments WHERE pool = :pool AND {_READY} AND priority = levels.priority
+            AND head_run_at <= :now ORDER BY head_run_at, id LIMIT :width) s
+        UNION
+        SELECT s.* FROM unnest(CAST(:lanes AS text[])) warm(lane) CROSS JOIN LATERAL (
+            SELECT * FROM segments WHERE pool = :pool AND {_READY} AND segments.lane = warm.lane
+            AND head_run_at <= :now ORDER BY priority DESC, head_run_at LIMIT 2) s
+    )
+    SELECT f.id AS segment, f.lane, f.checkpoint, f.priority, f.head_run_at, f.head_id, f.project_id,
+           p.served * exp(-extract(epoch FROM :now - p.served_at) * ln(2) / 600) AS served
+    FROM found f JOIN projects p ON p.id = f.project_id
+""")
+
+_LANE = text(f"""
+    SELECT id AS segment, head_run_at, head_id FROM segments
+    WHERE pool = :pool AND lane = :lane AND {_READY} AND head_run_at <= :now AND id <> ALL(:not_these)
+    ORDER BY priority DESC, head_run_at LIMIT :limit
+""")
+
+# Walks ix_jobs_queue from the segment's head; measured in benchmarks/queue.py.
+_TAKE = text("""
+    SELECT id, adapter_set, alone FROM jobs
+    WHERE segment_id = :segment AND state = 'queued' AND run_at <= :now AND (run_at, id) >= (:head_run_at, :head_id)
+    ORDER BY run_at, id LIMIT :limit FOR UPDATE SKIP LOCKED
+""")
+
+# Walks ix_jobs_queue_set.
+_TAKE_SET = text("""
+    SELECT id, adapter_set, alone FROM jobs
+    WHERE segment_id = :segment AND adapter_set = :adapter_set AND state = 'queued' AND run_at <= :now
+      AND (run_at, id) >= (:head_run_at, :head_id) AND NOT alone
+    ORDER BY run_at, id LIMIT :limit FOR UPDATE SKIP LOCKED
+""")
+
+_START = text("""
+    WITH claim AS (
+        INSERT INTO claims (id, worker_id, lease_until, created_at) VALUES (:claim, :worker, :now + :lease, :now)
+    ), moved AS (
+        UPDATE jobs SET state = 'running', attempt = attempt + 1, started_at = :now
+        WHERE id = ANY(:ids) RETURNING id, segment_id, batch_id, project_id, number, attempt
+    ), tried AS (
+        INSERT INTO attempts (job_id, number, claim_id, started_at) SELECT id, attempt, :claim, :now FROM moved
+    ), counted AS (
+        INSERT INTO counter_deltas (segment_id, batch_id, project_id, queued, running)
+        SELECT segment_id, batch_id, project_id, -count(*), count(*) FROM moved GROUP BY 1, 2, 3
+    )
+    SELECT moved.*, r.body, r.names, r.labels, r.metadata_wanted FROM moved JOIN recipes r ON r.job_id = moved.id
+    ORDER BY moved.id
+""")
+
+_CLAIMED_BEFORE = text("""
+    SELECT j.id, j.batch_id, j.project_id, j.number, a.number AS attempt, r.body, r.names, r.labels, r.metadata_wanted
+    FROM attempts a JOIN jobs j ON j.id = a.job_id JOIN recipes r ON r.job_id = a.job_id
+    WHERE a.claim_id = :claim AND a.outcome IS NULL ORDER BY j.id
+""")
+
+_LOCK_SEGMENTS = text("SELECT id FROM segments WHERE id = ANY(:ids) ORDER BY id FOR UPDATE")
+_LOCK_FREE_SEGMENTS = text("SELECT id FROM segments WHERE id = ANY(:ids) ORDER BY id FOR UPDATE SKIP LOCKED")
+
+_SETTLE_HEADS = text("""
+    UPDATE segments s SET (head_run_at, head_id) = (
+        SELECT run_at, id FROM jobs j
+        WHERE j.segment_id = s.id AND j.state = 'queued' AND (j.run_at, j.id) >= (s.head_run_at, s.head_id)
+        ORDER BY run_at, id LIMIT 1)
+    WHERE s.id = ANY(:ids) AND s.head_run_at IS NOT NULL
+""")
+
+_LOWER_HEADS = text("""
+    UPDATE segments s SET head_run_at = q.run_at, head_id = q.id
+    FROM (SELECT DISTINCT ON (segment_id) segment_id, run_at, id
+          FROM unnest(CAST(:segments AS uuid[]), CAST(:run_ats AS timestamptz[]), CAST(:ids AS uuid[]))
+               AS back(segment_id, run_at, id) ORDER BY segment_id, run_at, id) q
+    WHERE s.id = q.segment_id AND (s.head_run_at IS NULL OR (q.run_at, q.id) < (s.head_run_at, s.head_id))
+""")
+
+_RENEW = text("""
+    WITH mine AS (
+        UPDATE claims SET lease_until = :now + :lease
+        WHERE id = ANY(:claims) AND worker_id = :worker AND closed_at IS NULL RETURNING id)
+    SELECT id FROM mine
+""")
+
+_CANCELLED = text("""
+    SELECT j.id FROM attempts a JOIN jobs j ON j.id = a.job_id AND j.attempt = a.number
+    JOIN segments s ON s.id = j.segment_id
+    WHERE a.claim_id = ANY(:claims) AND a.outcome IS NULL AND (j.cancel_requested_at IS NOT NULL OR s.cancelling)
+""")
+
+
+def database_now(conn: Connection) -> datetime:
+    """The database's clock, the only one that leases and queues believe."""
+    now: datetime = conn.execute(text("SELECT clock_timestamp()")).scalar_one()
+    return now
+
+
+def candidates(conn: Connection, *, pool: str, lanes: Collection[str], now: datetime) -> Sequence[RowMapping]:
+    """Segments worth a look: the oldest of each priority level, and those of the worker's warm lanes."""
+    parameters = {"pool": pool, "lanes": list(lanes), "now": now, "width": LEVEL_WIDTH}
+    return conn.execute(_CANDIDATES, parameters).mappings().all()
+
+
+def lane_segments(
+    conn: Connection, *, pool: str, lane: str, not_these: Collection[UUID], limit: int, now: datetime
+) -> Sequence[RowMapping]:
+    """More segments of a lane, to fill a micro-batch."""
+    parameters = {"pool": pool, "lane": lane, "not_these": list(not_these), "limit": limit, "now": now}
+    return conn.execute(_LANE, parameters).mappings().all()
+
+
+def take(conn: Connection, segment: Any, *, adapter_set: str | None, limit: int, now: datetime) -> Sequence[RowMapping]:
+    """Lock up to `limit` queued jobs of a segment in order, of one adapter set or of any; skips locked ones."""
+    parameters = {
+        "segment": segment["segment"],
+        "head_run_at": segment["head_run_at"],
+        "head_id": segment["head_id"],
+        "limit": limit,
+        "now": now,
+    }
+    if adapter_set is None:
+        return conn.execute(_TAKE, parameters).mappings().all()
+    return conn.execute(_TAKE_SET, {**parameters, "adapter_set": adapter_set}).mappings().all()
+
+
+def start(
+    conn: Connection, *, claim: UUID, worker: UUID, ids: Sequence[UUID], lease: timedelta, now: datetime
+) -> Sequence[RowMapping]:
+    """Turn locked jobs to running inside a new claim, with their next attempts; answers what to render."""
+    parameters = {"claim": claim, "worker": worker, "ids": list(ids), "lease": lease, "now": now}
+    return conn.execute(_START, parameters).mappings().all()
+
+
+def claim_exists(conn: Connection, claim: UUID) -> bool:
+    """Whether a claim with this id was committed."""
+    return conn.execute(text("SELECT 1 FROM claims WHERE id = :claim"), {"claim": claim}).first() is not None
+
+
+def claimed_before(conn: Connection, claim: UUID) -> Sequence[RowMapping]:
+    """The jobs still running under a claim whose answer was lost."""
+    return conn.execute(_CLAIMED_BEFORE, {"claim": claim}).mappings().all()
+
+
+def settle_heads(conn: Connection, segments: Collection[UUID], *, wait: bool = False) -> None:
+    """Raise the heads of segments to their first queued job, or to NULL where none is left.
+
+    The row lock comes first and the look at the jobs second, in a statement of its own: its snapshot then sees every
+    requeue that committed before the lock was granted.
+    """
+    statement = _LOCK_SEGMENTS if wait else _LOCK_FREE_SEGMENTS
+    locked = conn.execute(statement, {"ids": sorted(segments)}).scalars().all()
+    if locked:
+        conn.execute(_SETTLE_HEADS, {"ids": list(locked)})
+
+
+def lower_heads(conn: Connection, places: Collection[tuple[UUID, datetime, UUID]]) -> None:
+    """Let segments know of jobs queued again: (segment, run_at, job id) each."""
+    if not places:
+        return
+    conn.execute(_LOCK_SEGMENTS, {"ids": sorted({segment for segment, _, _ in places})})
+    segments, run_ats, ids = zip(*places, strict=True)
+    conn.execute(_LOWER_HEADS, {"segments": list(segments), "run_ats": list(run_ats), "ids": list(ids)})
+
+
+def renew(conn: Connection, *, worker: UUID, claims: Collection[UUID], lease: timedelta, now: datetime) -> set[UUID]:
+    """Prolong a worker's claims; answers those that are still its own."""
+    parameters = {"worker": worker, "claims": list(claims), "lease": lease, "now": now}
+    return set(conn.execute(_RENEW, parameters).scalars())
+
+
+def cancelled_of(conn: Connection, claims: Collection[UUID]) -> set[UUID]:
+    """Running jobs of these claims that somebody cancelled."""
+    return set(conn.execute(_CANCELLED, {"claims": list(claims)}).scalars())

@@ -1,0 +1,92 @@
+"""Rows of checkpoints, adapters and their files."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+from sqlalchemy import Connection, RowMapping, bindparam, text
+from sqlalchemy.dialects.postgresql import JSONB
+
+_COLUMNS = "name, hash, kind, family, state, bytes, profile, created_at"
+
+_INSERT = text(f"""
+    INSERT INTO models (name, hash, kind, family, state, bytes, profile, source)
+    VALUES (:name, :hash, :kind, :family, 'available', :bytes, :profile, :source)
+    ON CONFLICT (name) DO NOTHING RETURNING {_COLUMNS}
+""").bindparams(bindparam("profile", type_=JSONB), bindparam("source", type_=JSONB))
+
+
+class Content(Protocol):
+    """A model that passed the checks, as `farm.modelfiles` finds it."""
+
+    @property
+    def hash(self) -> str: ...
+    @property
+    def family(self) -> str: ...
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def profile(self) -> dict[str, Any]: ...
+    @property
+    def source(self) -> dict[str, Any]: ...
+
+
+class File(Protocol):
+    @property
+    def path(self) -> str: ...
+    @property
+    def key(self) -> str: ...
+    @property
+    def sha256(self) -> str: ...
+    @property
+    def bytes(self) -> int: ...
+
+
+def available(conn: Connection) -> Sequence[RowMapping]:
+    """Models that jobs may name."""
+    statement = text(f"SELECT {_COLUMNS} FROM models WHERE state = 'available' ORDER BY name")
+    return conn.execute(statement).mappings().all()
+
+
+def every(conn: Connection, kinds: Iterable[str]) -> Sequence[RowMapping]:
+    """Models of these kinds in any state."""
+    statement = text(f"SELECT {_COLUMNS} FROM models WHERE kind = ANY(:kinds) ORDER BY name")
+    return conn.execute(statement, {"kinds": list(kinds)}).mappings().all()
+
+
+def files(conn: Connection, content_hash: str) -> Sequence[RowMapping]:
+    """The files behind a content hash."""
+    statement = text("SELECT path, key, sha256, bytes FROM model_files WHERE hash = :hash ORDER BY path")
+    return conn.execute(statement, {"hash": content_hash}).mappings().all()
+
+
+def insert_files(conn: Connection, content_hash: str, listed: Sequence[File]) -> None:
+    """Remember where the files of a content lie."""
+    conn.execute(
+        text("""
+            INSERT INTO model_files (hash, path, key, sha256, bytes)
+            VALUES (:hash, :path, :key, :sha256, :bytes) ON CONFLICT DO NOTHING
+        """),
+        [
+            {"hash": content_hash, "path": file.path, "key": file.key, "sha256": file.sha256, "bytes": file.bytes}
+            for file in listed
+        ],
+    )
+
+
+def insert(conn: Connection, *, name: str, kind: str, found: Content) -> RowMapping | None:
+    """Give a content a name; None when the name is taken."""
+    parameters = {
+        "name": name,
+        "hash": found.hash,
+        "kind": kind,
+        "family": found.family,
+        "bytes": found.bytes,
+        "profile": found.profile,
+        "source": found.source,
+    }
+    return conn.execute(_INSERT, parameters).mappings().one_or_none()
+
+
+def remove(conn: Connection, name: str) -> bool:
+    """Forget a name; its content stays for the recipes that hold its hash."""
+    return conn.execute(text("DELETE FROM models WHERE name = :name"), {"name": name}).rowcount > 0

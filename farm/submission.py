@@ -1,0 +1,356 @@
+"""From what a person asks to recipes: validate, resolve names, count tokens, spool rows for COPY.
+
+Everything is checked before anything is stored, in constant memory: a submission of a million lines costs a file.
+"""
+
+import hashlib
+import random
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import datetime
+from types import TracebackType
+from typing import IO, Annotated, Any, Literal
+from uuid import UUID
+
+import orjson
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    Strict,
+    StringConstraints,
+    ValidationError,
+)
+
+from farm.catalogue import Catalogue, Resolved
+from farm.errors import InvalidRequest, Problem, TooLarge
+from farm.ids import new_id
+from farm.recipe import MAX_SEED, canonical_bytes
+from farm.settings import Settings
+from farm.views import DryRun
+
+MAX_PROBLEMS = 100
+"""Bad lines reported before a submission is refused."""
+MAX_PROMPT = 8_000
+MAX_LABELS = 32
+MAX_COUNT = 10_000
+MAX_STEPS = 100
+PROJECT = b"\x01"
+"""Stands for the project's id in spooled rows, which hold no text of users."""
+
+SCHEDULERS = ("lcm", "ddim", "euler", "euler-a", "dpmpp-2m")
+
+
+def _storable(value: str) -> str:
+    if "\0" in value:
+        raise ValueError("must not contain the character U+0000")
+    return value
+
+
+Name = Annotated[str, StringConstraints(min_length=1, max_length=200), AfterValidator(_storable)]
+Label = Annotated[str, StringConstraints(max_length=500), AfterValidator(_storable)]
+
+
+class AdapterSpec(BaseModel):
+    """An adapter by name; `weight` within -10..10, 1 if absent."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: Name
+    weight: Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False)] = 1.0
+
+
+class JobSpec(BaseModel):
+    """One job as a person asks for it. What is absent comes from the batch's defaults, then the profile."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        json_schema_extra={
+            "examples": [{"prompt": "A single split crack on a concrete wall", "seed": 7, "labels": {"set": "train"}}]
+        },
+    )
+
+    prompt: Annotated[str, StringConstraints(min_length=1, max_length=MAX_PROMPT), AfterValidator(_storable)]
+    negative_prompt: Annotated[str, StringConstraints(max_length=MAX_PROMPT), AfterValidator(_storable)] = ""
+    checkpoint: Name | None = None
+    adapters: Annotated[list[AdapterSpec], Field(max_length=16)] = []
+    acceleration: Literal["lcm-lora", "none"] = "lcm-lora"
+    width: Annotated[int, Field(ge=8, le=8192, multiple_of=8)] | None = None
+    height: Annotated[int, Field(ge=8, le=8192, multiple_of=8)] | None = None
+    steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] | None = None
+    guidance_scale: Annotated[float, Field(ge=0, le=30, allow_inf_nan=False)] | None = None
+    scheduler: Literal["lcm", "ddim", "euler", "euler-a", "dpmpp-2m"] | None = None
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
+    count: Annotated[int, Field(ge=1, le=MAX_COUNT)] = 1
+    priority: Annotated[int, Field(ge=-100, le=100)] = 0
+    labels: Annotated[dict[Annotated[Name, Field(max_length=100)], Label], Field(max_length=MAX_LABELS)] = {}
+    run_at: Annotated[AwareDatetime, Strict(False)] | None = None
+    metadata: bool = True
+    """Whether recipe and prompt are written into the picture file."""
+
+
+@dataclass(slots=True)
+class _Segment:
+    id: UUID
+    lane: str
+    checkpoint: str
+    priority: int
+    jobs: int
+    head_run_at: datetime
+    head_id: UUID
+
+
+class Prepared(AbstractContextManager["Prepared"]):
+    """A checked submission waiting to be stored: counts in memory, rows in temporary files, removed on exit."""
+
+    def __init__(self, name: str, labels: dict[str, str], priority: int, settings: Settings) -> None:
+        self.batch_id = new_id()
+        self.name = name
+        self.labels = labels
+        self.priority = priority
+        self.jobs = 0
+        self.segments: dict[tuple[str, int], _Segment] = {}
+        self.pipeline_keys: set[str] = set()
+        self.warnings: dict[str, int] = {}
+        directory = settings.spool_dir
+        self.job_rows: IO[bytes] = tempfile.TemporaryFile(dir=directory, prefix="farm-")  # noqa: SIM115
+        self.recipe_rows: IO[bytes] = tempfile.TemporaryFile(dir=directory, prefix="farm-")  # noqa: SIM115
+
+    @property
+    def lanes(self) -> int:
+        return len({lane for lane, _ in self.segments})
+
+    @property
+    def pipelines(self) -> int:
+        return len(self.pipeline_keys)
+
+    def warning_texts(self) -> list[str]:
+        """Each different warning once, with how many jobs it concerns where there are several."""
+        return [text if n == 1 else f"{text} ({n} jobs)" for text, n in self.warnings.items()]
+
+    def dry_run(self) -> DryRun:
+        return DryRun(jobs=self.jobs, lanes=self.lanes, pipelines=self.pipelines, warnings=self.warning_texts())
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.job_rows.close()
+        self.recipe_rows.close()
+
+
+def prepare(
+    rows: Iterable[Mapping[str, Any] | bytes],
+    *,
+    defaults: Mapping[str, Any],
+    catalogue: Catalogue,
+    settings: Settings,
+    name: str,
+    now: datetime,
+    labels: Mapping[str, str] | None = None,
+    first_line: int = 1,
+) -> Prepared:
+    """Check every row (a dict, or the bytes of one JSON object) and spool what would be stored.
+
+    `now` is the database's clock: jobs without `run_at` are due at once. Blank lines are skipped. Raises
+    InvalidRequest with the first 100 problems (line, field, problem), or when there is no job at all; TooLarge when
+    there are more jobs than a batch may have.
+    """
+    writer = _Writer(dict(defaults), catalogue, settings, name, now, dict(labels or {}))
+    try:
+        for line, row in enumerate(rows, first_line):
+            writer.add(line, row)
+            if len(writer.problems) >= MAX_PROBLEMS:
+                break
+        writer.check()
+    except BaseException:
+        writer.prepared.__exit__(None, None, None)
+        raise
+    return writer.prepared
+
+
+class _Writer:
+    def __init__(
+        self,
+        defaults: dict[str, Any],
+        catalogue: Catalogue,
+        settings: Settings,
+        name: str,
+        now: datetime,
+        labels: dict[str, str],
+    ) -> None:
+        self.defaults = defaults
+        self.catalogue = catalogue
+        self.settings = settings
+        self.now = now
+        self.created = _timestamp(now)
+        self.problems: list[Problem] = list(_check_defaults(defaults))
+        self.resolved: dict[Any, Resolved | list[Problem]] = {}
+        self.prepared = Prepared(name, labels, int(defaults.get("priority", 0)) if not self.problems else 0, settings)
+
+    def add(self, line: int, row: Mapping[str, Any] | bytes) -> None:
+        try:
+            if isinstance(row, (bytes, bytearray, memoryview)):
+                if not row.strip():
+                    return
+                row = orjson.loads(row)
+                if not isinstance(row, dict):
+                    self.problems.append({"line": line, "field": "", "problem": "each line is one JSON object"})
+                    return
+            spec = JobSpec.model_validate({**self.defaults, **row} if self.defaults else row)
+        except orjson.JSONDecodeError as error:
+            self.problems.append({"line": line, "field": "", "problem": f"not valid JSON: {error}"})
+            return
+        except ValidationError as error:
+            self.problems.extend({"line": line, **problem} for problem in problems_of(error))
+            return
+        choice = self._resolve(spec)
+        if isinstance(choice, list):
+            self.problems.extend({"line": line, **problem} for problem in choice)
+            return
+        if not self.problems:
+            self._write(spec, choice, line)
+
+    def check(self) -> None:
+        if self.problems:
+            shown = self.problems[:MAX_PROBLEMS]
+            raise InvalidRequest(f"nothing was accepted: {len(shown)} problem(s) found", shown)
+        if not self.prepared.jobs:
+            raise InvalidRequest("there is no job in this submission")
+
+    def _resolve(self, spec: JobSpec) -> Resolved | list[Problem]:
+        adapters = tuple((use.name, use.weight) for use in spec.adapters)
+        key = (
+            spec.checkpoint,
+            adapters,
+            spec.acceleration,
+            spec.width,
+            spec.height,
+            spec.steps,
+            spec.guidance_scale,
+            spec.scheduler,
+        )
+        found = self.resolved.get(key)
+        if found is None:
+            if len(self.resolved) > 20_000:
+                self.resolved.clear()
+            found = self.catalogue.resolve(
+                checkpoint=spec.checkpoint or self.settings.default_checkpoint,
+                adapters=adapters,
+                acceleration=spec.acceleration,
+                width=spec.width,
+                height=spec.height,
+                steps=spec.steps,
+                guidance_scale=spec.guidance_scale,
+                scheduler=spec.scheduler,
+            )
+            self.resolved[key] = found
+        return found
+
+    def _write(self, spec: JobSpec, choice: Resolved, line: int) -> None:
+        prepared = self.prepared
+        prepared.pipeline_keys.add(choice.pipeline_key)
+        if prepared.jobs + spec.count > self.settings.max_batch_jobs:
+            raise TooLarge(
+                f"a batch has at most {self.settings.max_batch_jobs} jobs; line {line} goes past that: split the file"
+            )
+        first = spec.seed if spec.seed is not None else random.getrandbits(53)  # a seed is no secret
+        if first + spec.count - 1 > MAX_SEED:
+            if spec.seed is not None:
+                problem = f"seed + count must stay within {MAX_SEED}"
+                self.problems.append({"line": line, "field": "seed", "problem": problem})
+                return
+            first -= spec.count
+        run_at = spec.run_at or self.now
+        warnings = self._warnings(spec, choice)
+        body = {**choice.body, "prompt": spec.prompt, "negative_prompt": spec.negative_prompt}
+        tail = b"\t".join(
+            (
+                choice.names_json,
+                _escaped(orjson.dumps(spec.labels)),
+                _array(warnings),
+                b"t" if spec.metadata else b"f",
+            )
+        )
+        due = self.created if spec.run_at is None else _timestamp(run_at)
+        for offset in range(spec.count):
+            job_id = new_id()
+            body["seed"] = first + offset
+            canonical = canonical_bytes(body)
+            segment = self._segment(choice, spec.priority, run_at, job_id)
+            prepared.job_rows.write(
+                b"%s\t%s\t%s\t%s\t%d\tqueued\t%s\t%s\t%s\n"
+                % (
+                    str(job_id).encode(),
+                    str(segment.id).encode(),
+                    str(prepared.batch_id).encode(),
+                    PROJECT,
+                    prepared.jobs,
+                    choice.adapter_set.encode(),
+                    due,
+                    self.created,
+                )
+            )
+            prepared.recipe_rows.write(
+                b"%s\t\\\\x%s\t%s\t%s\n"
+                % (str(job_id).encode(), hashlib.sha256(canonical).hexdigest().encode(), _escaped(canonical), tail)
+            )
+            prepared.jobs += 1
+        for warning in warnings:
+            prepared.warnings[warning] = prepared.warnings.get(warning, 0) + spec.count
+
+    def _segment(self, choice: Resolved, priority: int, run_at: datetime, job_id: UUID) -> _Segment:
+        segment = self.prepared.segments.get((choice.lane, priority))
+        if segment is None:
+            segment = _Segment(new_id(), choice.lane, choice.body["checkpoint"], priority, 0, run_at, job_id)
+            self.prepared.segments[choice.lane, priority] = segment
+        elif (run_at, job_id) < (segment.head_run_at, segment.head_id):
+            segment.head_run_at, segment.head_id = run_at, job_id
+        segment.jobs += 1
+        return segment
+
+    def _warnings(self, spec: JobSpec, choice: Resolved) -> list[str]:
+        warnings = list(choice.warnings)
+        if spec.negative_prompt and choice.body["guidance_scale"] <= 1:
+            warnings.append(f"negative_prompt has no effect at guidance_scale {choice.body['guidance_scale']:g}")
+        if self.catalogue.too_long(choice.body["checkpoint"], spec.prompt):
+            warnings.append("prompt is longer than 77 tokens; the rest is cut off")
+        return warnings
+
+
+def problems_of(error: ValidationError) -> Iterator[Problem]:
+    """Pydantic's findings in the words of the farm: field path and problem."""
+    for found in error.errors(include_url=False, include_input=False, include_context=False):
+        field = ".".join(str(part) for part in found["loc"])
+        problem = "unknown field" if found["type"] == "extra_forbidden" else found["msg"]
+        yield {"field": field, "problem": problem}
+
+
+def _check_defaults(defaults: Mapping[str, Any]) -> Iterator[Problem]:
+    try:
+        JobSpec.model_validate({"prompt": "-", **defaults})
+    except ValidationError as error:
+        for problem in problems_of(error):
+            yield {"field": f"defaults.{problem['field']}", "problem": problem["problem"]}
+    if defaults.get("seed") is not None:
+        yield {"field": "defaults.seed", "problem": "a seed belongs to a job: shared, it would make equal pictures"}
+
+
+def _timestamp(moment: datetime) -> bytes:
+    return moment.isoformat().encode()
+
+
+def _escaped(value: bytes) -> bytes:
+    """JSON for COPY's text format; it holds no raw tabs or line ends, only backslashes."""
+    return value.replace(b"\\", b"\\\\")
+
+
+def _array(texts: list[str]) -> bytes:
+    if not texts:
+        return b"{}"
+    quoted = (text.replace("\\", "\\\\").replace('"', '\\"') for text in texts)
+    return _escaped(("{" + ",".join(f'"{text}"' for text in quoted) + "}").encode())

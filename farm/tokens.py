@@ -1,0 +1,81 @@
+"""Counting prompt tokens as CLIP does, without torch."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Protocol
+
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+
+class TokenizerFile(Protocol):
+    @property
+    def path(self) -> str: ...
+    @property
+    def key(self) -> str: ...
+
+
+# CLIP's own splitting rule (openai/CLIP, simple_tokenizer.py).
+CLIP_PATTERN = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
+
+UNKNOWN = "<|endoftext|>"
+"""CLIP uses its end mark for what it does not know; byte-level pieces leave nothing unknown."""
+
+_loaded: dict[str, Tokenizer] = {}
+"""Tokenizers by checkpoint hash; content never changes under a hash."""
+
+
+class TokenCounter:
+    """Counts tokens of prompts for checkpoints given by hash. Fetches a tokenizer when it is first needed."""
+
+    def __init__(self, files: Mapping[str, Sequence[TokenizerFile]], fetch: Callable[[str], bytes]) -> None:
+        self._keys = {
+            checkpoint: {file.path: file.key for file in listed if file.path.startswith("tokenizer/")}
+            for checkpoint, listed in files.items()
+        }
+        self._fetch = fetch
+        self._count = lru_cache(maxsize=50_000)(self._uncached)
+
+    def count(self, checkpoint: str, prompt: str) -> int | None:
+        """Tokens of a prompt without start and end marks; None when the checkpoint has no tokenizer."""
+        return self._count(checkpoint, prompt)
+
+    def _uncached(self, checkpoint: str, prompt: str) -> int | None:
+        tokenizer = _loaded.get(checkpoint) or self._load(checkpoint)
+        return None if tokenizer is None else len(tokenizer.encode(prompt, add_special_tokens=False).ids)
+
+    def _load(self, checkpoint: str) -> Tokenizer | None:
+        keys = self._keys.get(checkpoint, {})
+        if "tokenizer/vocab.json" in keys and "tokenizer/merges.txt" in keys:
+            vocab = json.loads(self._fetch(keys["tokenizer/vocab.json"]))
+            tokenizer = clip_tokenizer(vocab, self._fetch(keys["tokenizer/merges.txt"]).decode())
+        elif "tokenizer/tokenizer.json" in keys:
+            tokenizer = Tokenizer.from_str(self._fetch(keys["tokenizer/tokenizer.json"]).decode())
+        else:
+            return None
+        tokenizer.no_truncation()
+        _loaded[checkpoint] = tokenizer
+        return tokenizer
+
+
+def clip_tokenizer(vocab: dict[str, int], merges: str) -> Tokenizer:
+    """CLIP's byte-level BPE from its two files: `vocab.json` (decoded) and `merges.txt` (text)."""
+    lines = [line for line in merges.splitlines() if line and not line.startswith("#")]
+    pairs = [(left, right) for left, right in (line.split(" ", 1) for line in lines)]
+    model = models.BPE(vocab, pairs, continuing_subword_prefix="", end_of_word_suffix="</w>", unk_token=UNKNOWN)
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence(
+        [
+            normalizers.NFC(),
+            normalizers.Replace(Regex(r"\s+"), " "),
+            normalizers.Lowercase(),
+        ]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(CLIP_PATTERN), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer

@@ -1,0 +1,203 @@
+"""What the farm answers: the shapes that the API sends and the client reads. One definition for both."""
+
+from datetime import datetime
+from typing import Any, Generic, Literal, TypeVar
+from uuid import UUID
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from farm.states import JobState
+
+T = TypeVar("T")
+
+
+class View(BaseModel):
+    """Readers ignore fields they do not know, so an older client reads a newer farm."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Page(View, Generic[T]):
+    """One page of a list; `next_cursor` is null on the last."""
+
+    items: list[T]
+    next_cursor: str | None = None
+
+
+class AdapterChoice(View):
+    """An adapter by name, at a weight."""
+
+    name: str
+    weight: float
+
+
+class JobError(View):
+    """Why a job failed (or why its last attempt did)."""
+
+    code: str
+    message: str
+
+
+class ImageView(View):
+    """The stored picture of a job; sizes in pixels and bytes."""
+
+    sha256: str
+    bytes: int
+    width: int
+    height: int
+
+
+class JobView(View):
+    """A job and the recipe fields it was submitted with. `number` is its place in its batch, from 0."""
+
+    id: UUID
+    batch_id: UUID
+    number: int
+    state: JobState
+    attempt: int
+    prompt: str
+    negative_prompt: str = ""
+    checkpoint: str
+    adapters: list[AdapterChoice] = []
+    acceleration: Literal["lcm-lora", "none"]
+    width: int
+    height: int
+    steps: int
+    guidance_scale: float
+    scheduler: str
+    seed: int
+    priority: int
+    labels: dict[str, str] = {}
+    warnings: list[str] = []
+    error: JobError | None = None
+    created_at: datetime
+    run_at: datetime
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    image: ImageView | None = None
+
+
+class Counts(View):
+    """Jobs of a batch (or lane) by state."""
+
+    queued: int = 0
+    running: int = 0
+    succeeded: int = 0
+    failed: int = 0
+    cancelled: int = 0
+
+    @property
+    def finished(self) -> int:
+        return self.succeeded + self.failed + self.cancelled
+
+
+class BatchView(View):
+    """A batch. `images_per_second` covers the last minute; `eta_seconds` is null while nothing moves."""
+
+    id: UUID
+    name: str
+    total: int
+    priority: int
+    paused: bool
+    labels: dict[str, str] = {}
+    counts: Counts
+    images_per_second: float = 0.0
+    eta_seconds: float | None = None
+    warnings: list[str] = []
+    created_at: datetime
+
+    @property
+    def done(self) -> bool:
+        """Nothing of it is queued or running any more."""
+        return self.counts.finished >= self.total
+
+
+class DryRun(View):
+    """What a submission would do: how many jobs in how many lanes and pipelines, and the warnings."""
+
+    jobs: int
+    lanes: int
+    pipelines: int
+    warnings: list[str] = []
+
+
+class LaneView(View):
+    """One lane's queue. Ages in seconds; `images_per_second` covers the last minute."""
+
+    lane: str
+    pool: str
+    checkpoint: str
+    depth: int
+    running: int
+    oldest_age_seconds: float | None = None
+    images_per_second: float = 0.0
+
+
+class WorkerView(View):
+    """A worker process and what it keeps warm (checkpoints and adapters by name, bytes on the device)."""
+
+    id: UUID
+    pool: str
+    host: str
+    pid: int
+    device: str
+    version: str
+    state: Literal["starting", "idle", "busy", "leaving", "lost"]
+    started_at: datetime
+    heartbeat_at: datetime
+    running: int = 0
+    warm: list[dict[str, Any]] = []
+
+
+class CheckpointView(View):
+    """Base weights a job may name. `profile` holds its default size, steps and guidance and its limits."""
+
+    name: str
+    hash: str
+    family: str
+    state: Literal["pending", "available", "refused"]
+    bytes: int
+    profile: dict[str, Any]
+    created_at: datetime
+
+
+class AdapterView(View):
+    """LoRA weights a job may name."""
+
+    name: str
+    hash: str
+    family: str
+    kind: Literal["acceleration", "style"]
+    state: Literal["pending", "available", "refused"]
+    bytes: int
+    created_at: datetime
+
+
+class KeyView(View):
+    """An API key without its secret. `key` is set in the one answer that creates it."""
+
+    id: UUID
+    name: str
+    prefix: str
+    project: str
+    scopes: list[str]
+    created_at: datetime
+    expires_at: datetime | None = None
+    revoked_at: datetime | None = None
+    key: str | None = Field(default=None, description="Shown once, when the key is made.")
+
+
+class ImageLink(View):
+    """Where a picture can be fetched without a key until `expires_at`."""
+
+    url: str
+    expires_at: datetime
+    sha256: str
+
+
+class Event(View):
+    """One server-sent event of a batch: `job` (a job became terminal), `progress` (the batch) or `done`."""
+
+    id: str
+    event: Literal["job", "progress", "done"]
+    data: dict[str, Any]
