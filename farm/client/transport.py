@@ -1,0 +1,63 @@
+"""How a call becomes arguments of httpx, the same for the blocking and the asynchronous client."""
+
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
+from typing import Any
+
+import httpx
+
+from farm import __version__
+from farm.client.calls import CHUNK_BYTES, AsyncRows, Call, Row, line
+from farm.client.connection import Connection
+from farm.errors import InvalidRequest
+
+USER_AGENT = f"lcm-farm/{__version__}"
+
+
+def api_options(connection: Connection, timeout: float) -> dict[str, Any]:
+    """For the client that talks to the API and holds the key."""
+    headers = {"User-Agent": USER_AGENT, "Accept": "application/json"}
+    if connection.api_key:
+        headers["Authorization"] = f"Bearer {connection.api_key}"
+    return {"base_url": connection.url, "headers": headers, "timeout": httpx.Timeout(timeout, connect=10.0)}
+
+
+def storage_options(timeout: float) -> dict[str, Any]:
+    """For the client that follows presigned URLs: it must not carry our key to where the pictures lie."""
+    return {"headers": {"User-Agent": USER_AGENT}, "timeout": httpx.Timeout(timeout, connect=10.0)}
+
+
+def arguments(call: Call[Any]) -> dict[str, Any]:
+    """Everything but the body. Presigned URLs keep their query as it was signed."""
+    given = {"method": call.method, "url": call.path, "headers": dict(call.headers)}
+    return given | {"params": list(call.params)} if call.params else given
+
+
+def chunks(rows: AsyncRows) -> Iterator[bytes]:
+    """Rows as NDJSON in pieces of about CHUNK_BYTES; never more than one piece in memory."""
+    if not isinstance(rows, Iterable):
+        raise InvalidRequest("Farm reads an ordinary iterable; AsyncFarm reads an asynchronous one too")
+    piece = bytearray()
+    for row in rows:
+        piece += line(row)
+        if len(piece) >= CHUNK_BYTES:
+            yield bytes(piece)
+            piece.clear()
+    if piece:
+        yield bytes(piece)
+
+
+async def async_chunks(rows: AsyncRows) -> AsyncIterator[bytes]:
+    """The same of either kind of iterable."""
+    if not isinstance(rows, AsyncIterable):
+        for piece in chunks(rows):
+            yield piece
+        return
+    pending: list[Row] = []
+    async for row in rows:
+        pending.append(row)
+        if len(pending) >= 256:
+            for piece in chunks(pending):
+                yield piece
+            pending.clear()
+    for piece in chunks(pending):
+        yield piece

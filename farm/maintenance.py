@@ -1,0 +1,174 @@
+"""The sweeper: duties that keep promises when nobody else is there to.
+
+Each duty has its own thread, its own transactions and an advisory lock, so two sweepers share the work and no duty
+waits for another; rescue least of all.
+"""
+
+import random
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from uuid import UUID
+
+import structlog
+
+from farm import doorbell, jobs
+from farm.db import Database
+from farm.errors import FarmError
+from farm.jobs.changing import TURNED_AT_ONCE, turn_cancelled, turn_retried
+from farm.queries import changing, claiming, maintaining, workers
+from farm.settings import Settings
+from farm.storage import Store
+
+log = structlog.get_logger(__name__)
+
+FOLDED_AT_ONCE = 5_000
+SEGMENTS_AT_ONCE = 500
+OBJECTS_AT_ONCE = 500
+ERROR_PAUSE_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Duty:
+    """One thing the sweeper does: `work` answers True when it wants to go on at once."""
+
+    name: str
+    every: timedelta
+    work: Callable[[], bool]
+
+
+class Sweeper:
+    """All duties of one sweeper process. Any number of sweepers may run."""
+
+    def __init__(self, settings: Settings, database: Database | None = None, store: Store | None = None) -> None:
+        self.settings = settings
+        self.database = database or Database(settings)
+        self.store = store or Store(settings)
+        second = settings.sweep_every
+        self.duties = (
+            Duty("rescue", settings.rescue_every, self.rescue),
+            Duty("fold", second, self.fold),
+            Duty("ring", second, self.ring),
+            Duty("settle", settings.rescue_every, self.settle),
+            Duty("turn", second, self.turn),
+            Duty("delete", second, self.delete),
+            Duty("objects", second * 5, self.objects),
+            Duty("prune", second * 60, self.prune),
+        )
+
+    def run(self, stop: threading.Event) -> None:
+        """Do all duties until `stop` is set."""
+        threads = [threading.Thread(target=self._loop, args=(duty, stop), name=duty.name) for duty in self.duties]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def once(self) -> None:
+        """Every duty once, in order, until it has nothing left: for tests and benchmarks."""
+        for duty in self.duties:
+            while duty.work():
+                pass
+
+    def rescue(self) -> bool:
+        """Take back the jobs of claims whose lease ran out."""
+        with self.database.transaction() as conn:
+            # No advisory lock: two rescuers block each other on the rows at worst, and rescue waits for nobody.
+            rescued = jobs.rescue(conn, settings=self.settings)
+        if rescued:
+            log.warning("rescued jobs of vanished workers", jobs=rescued)
+            doorbell.ring(self.settings, self.settings.pool)
+        return rescued > 0
+
+    def fold(self) -> bool:
+        """Fold appended deltas into the counters."""
+        with self.database.transaction() as conn:
+            if not maintaining.try_duty(conn, 1):
+                return False
+            return maintaining.fold(conn, FOLDED_AT_ONCE) == FOLDED_AT_ONCE
+
+    def ring(self) -> bool:
+        """Ring for work that nobody hears of: retries that fell due, doorbells lost with the broker."""
+        with self.database.transaction() as conn:
+            if not maintaining.try_duty(conn, 2):
+                return False
+            waiting = maintaining.backlog(conn)
+        for pool in waiting:
+            doorbell.ring(self.settings, pool["pool"], times=max(1, min(int(pool["queued"]), int(pool["slots"]))))
+        return False
+
+    def settle(self) -> bool:
+        """Raise the heads of segments past the dead entries of jobs already taken."""
+        after = UUID(int=0)
+        while True:
+            with self.database.transaction() as conn:
+                page = maintaining.segments_to_settle(conn, after, SEGMENTS_AT_ONCE)
+                if page:
+                    claiming.settle_heads(conn, page)
+            if len(page) < SEGMENTS_AT_ONCE:
+                return False
+            after = page[-1]
+
+    def turn(self) -> bool:
+        """Turn over the rows behind a cancelled or retried batch, in pieces."""
+        with self.database.transaction() as conn:
+            if not maintaining.try_duty(conn, 3):
+                return False
+            turned = 0
+            for segment in changing.turning(conn, SEGMENTS_AT_ONCE):
+                if segment["cancelling"]:
+                    turned += turn_cancelled(conn, segment["id"], TURNED_AT_ONCE)
+                else:
+                    turned += turn_retried(conn, segment["batch_id"], segment["id"])
+                    changing.flag_retrying(conn, [segment["id"]], retrying=False)
+                if turned >= TURNED_AT_ONCE:
+                    return True
+        return False
+
+    def delete(self) -> bool:
+        """Remove the rows of deleted batches, in pieces; their objects are doomed in the same transaction."""
+        with self.database.transaction() as conn:
+            if not maintaining.try_duty(conn, 4):
+                return False
+            for batch in changing.deleted_batches(conn, 1):
+                ids = changing.some_jobs(conn, batch, TURNED_AT_ONCE)
+                if ids:
+                    changing.delete_jobs(conn, ids, self.settings.keep_deleted)
+                else:
+                    changing.delete_batch_rows(conn, batch)
+                return True
+        return False
+
+    def objects(self) -> bool:
+        """Delete objects in S3 that nothing refers to any more."""
+        with self.database.transaction() as conn:
+            if not maintaining.try_duty(conn, 5):
+                return False
+            keys = maintaining.due_objects(conn, OBJECTS_AT_ONCE)
+            if keys:
+                # First the objects, then the rows that remember them: a crash in between only repeats a delete.
+                self.store.delete_many(keys)
+                maintaining.forget_objects(conn, keys)
+        return len(keys) == OBJECTS_AT_ONCE
+
+    def prune(self) -> bool:
+        """Forget what nobody asks for any more."""
+        with self.database.transaction() as conn:
+            if maintaining.try_duty(conn, 6):
+                maintaining.prune(conn, self.settings.idempotency_ttl)
+                workers.prune(conn)
+        return False
+
+    def _loop(self, duty: Duty, stop: threading.Event) -> None:
+        while not stop.is_set():
+            try:
+                while duty.work() and not stop.is_set():
+                    pass
+            except FarmError as error:
+                log.warning("duty failed, will try again", duty=duty.name, error=error.message)
+                stop.wait(ERROR_PAUSE_SECONDS)
+            except Exception:
+                log.exception("duty failed, will try again", duty=duty.name)
+                stop.wait(ERROR_PAUSE_SECONDS)
+            stop.wait(duty.every.total_seconds() * random.uniform(0.9, 1.1))  # noqa: S311  # spreads sweepers

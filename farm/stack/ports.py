@@ -1,0 +1,68 @@
+"""Free ports on the loopback interface, remembered so that addresses stay the same from start to start."""
+
+import json
+import random
+import socket
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from farm.errors import StackError
+
+LOOPBACK = "127.0.0.1"
+LOWEST, HIGHEST = 10_000, 32_000
+"""Below the range from which Linux draws ports for outgoing connections, so nobody takes ours by chance."""
+
+
+def is_free(port: int) -> bool:
+    """Whether a server could listen on this port now."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        # As servers do: a connection that lingers after its server has ended does not count.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((LOOPBACK, port))
+        except OSError:
+            return False
+    return True
+
+
+def free_port(taken: frozenset[int] = frozenset(), *, also: int | None = None) -> int:
+    """A free port outside `taken`; with `also`, one for which port + `also` is free too.
+
+    Raises StackError if the machine has none left.
+    """
+    for _ in range(2_000):
+        port = random.randint(LOWEST, HIGHEST)  # noqa: S311  # no secret
+        wanted = {port} if also is None else {port, port + also}
+        if not wanted & taken and all(is_free(each) for each in wanted):
+            return port
+    raise StackError(f"no free port between {LOWEST} and {HIGHEST} on {LOOPBACK}; stop some servers and try again")
+
+
+class Ports:
+    """The ports of one data directory's inner servers, kept in `file`."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._chosen: dict[str, int] = {}
+        if file.exists():
+            try:
+                self._chosen = {str(name): int(port) for name, port in json.loads(file.read_text()).items()}
+            except (ValueError, AttributeError) as error:
+                raise StackError(f"{file} is damaged ({error}); delete it, and ports are chosen anew") from error
+
+    def choose(self, names: Sequence[str], *, also: Mapping[str, int] | None = None) -> dict[str, int]:
+        """One port per name: the remembered one where it is still free, else a new one, remembered from now on.
+
+        `also` gives the distance of a second port that must be free with a name's own.
+        """
+        distances = also or {}
+        for name in names:
+            port = self._chosen.pop(name, None)
+            distance = distances.get(name)
+            if port is None or not is_free(port) or (distance is not None and not is_free(port + distance)):
+                port = free_port(frozenset(self._chosen.values()), also=distance)
+            self._chosen[name] = port
+        draft = self._file.with_suffix(".new")
+        draft.write_text(json.dumps(self._chosen, indent=2) + "\n")
+        draft.replace(self._file)
+        return {name: self._chosen[name] for name in names}
