@@ -1,0 +1,232 @@
+"""Claims, leases, fences, rescues: the promises of a running job."""
+
+import threading
+import uuid
+from datetime import timedelta
+
+import pytest
+from sqlalchemy import text
+
+from farm import jobs
+from farm.jobs import Warm
+from farm.queries import claiming
+from farm.recipe import Recipe
+from farm.states import JobState, Outcome
+from tests.farm.conftest import Queue
+
+
+def later(queue: Queue, seconds: float):
+    return queue.do(claiming.database_now) + timedelta(seconds=seconds)
+
+
+def old_server(queue: Queue) -> None:
+    """Leases only count once the server has been up for one lease; the test server may be younger."""
+    started = queue.do(lambda conn: conn.scalar(text("SELECT pg_postmaster_start_time()")))
+    queue.settings = queue.settings.model_copy(update={"lease": timedelta(seconds=0.3), "heartbeat": timedelta(0.1)})
+    while queue.do(claiming.database_now) < started + queue.settings.lease:
+        queue.do(lambda conn: conn.execute(text("SELECT pg_sleep(0.05)")))
+
+
+def test_a_job_goes_from_queued_to_succeeded(queue: Queue) -> None:
+    batch = queue.submit(3)
+    assert queue.counts(batch) == {"queued": 3}
+    claimed = queue.claim()
+    assert claimed is not None
+    assert [job.recipe.seed for job in claimed.jobs] == [0, 1, 2]
+    assert queue.counts(batch) == {"running": 3}
+    assert set(queue.finish(claimed).values()) == {"done"}
+    assert queue.counts(batch) == {"succeeded": 3}
+    assert queue.claim() is None
+    job = queue.do(jobs.get_job, queue.project, claimed.jobs[0].id)
+    assert job.state is JobState.SUCCEEDED
+    assert job.finished_at is not None
+    assert job.image is not None
+
+
+def test_a_recipe_comes_back_as_it_was_accepted(queue: Queue) -> None:
+    queue.submit([{"prompt": "brick \\ \t 'x' \n ü", "seed": 2**53 - 1, "adapters": [{"name": "moss", "weight": 0.5}]}])
+    claimed = queue.claim()
+    assert claimed is not None
+    recipe = claimed.jobs[0].recipe
+    assert (recipe.prompt, recipe.seed) == ("brick \\ \t 'x' \n ü", 2**53 - 1)
+    stored_hash = queue.do(lambda conn: conn.scalar(text("SELECT encode(hash, 'hex') FROM recipes")))
+    assert recipe.hash == stored_hash
+    assert Recipe.parse(recipe.canonical()) == recipe
+    assert recipe.lane == claimed.lane
+
+
+def test_eight_workers_take_each_job_exactly_once(queue: Queue) -> None:
+    queue.submit(200)
+    taken: list[uuid.UUID] = []
+    lock, barrier = threading.Lock(), threading.Barrier(8)
+
+    def work() -> None:
+        barrier.wait()
+        misses = 0
+        while misses < 3:
+            claimed = queue.claim(limit=5, worker=uuid.uuid4())
+            if claimed is None:
+                misses += 1
+                continue
+            with lock:
+                taken.extend(job.id for job in claimed.jobs)
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(taken) == len(set(taken)) == 200
+
+
+def test_a_zombie_changes_nothing(queue: Queue) -> None:
+    """A worker that was thought dead comes back: its finish is refused and its objects are doomed."""
+    batch = queue.submit(1)
+    first = queue.claim()
+    assert first is not None
+    assert queue.do(jobs.rescue, settings=queue.settings, worker=queue.worker) == 1
+    second = queue.claim(worker=uuid.uuid4())
+    assert second is not None
+    assert second.jobs[0].attempt == 2
+    assert set(queue.finish(first).values()) == {"lost"}
+    assert queue.counts(batch) == {"running": 1}
+    assert set(queue.finish(second).values()) == {"done"}
+    assert set(queue.finish(first).values()) == {"lost"}
+    doomed = queue.do(lambda conn: set(conn.scalars(text("SELECT key FROM doomed_objects"))))
+    job = first.jobs[0]
+    assert doomed == {f"p/{job.id}/1", f"p/{job.id}/1.webp"}
+    assert queue.do(lambda conn: conn.scalar(text("SELECT count(*) FROM images"))) == 1
+
+
+def test_a_repeated_finish_or_claim_is_recognised(queue: Queue) -> None:
+    queue.submit(2)
+    claim_id = uuid.uuid4()
+    first = queue.claim(claim_id=claim_id)
+    again = queue.claim(claim_id=claim_id)
+    assert first is not None
+    assert again is not None
+    assert [job.id for job in first.jobs] == [job.id for job in again.jobs]
+    assert queue.finish(first) == queue.finish(first)
+    assert set(queue.finish(first).values()) == {"done"}
+
+
+def test_an_expired_lease_is_rescued_and_a_renewed_one_is_not(queue: Queue) -> None:
+    old_server(queue)
+    batch = queue.submit(2)
+    claimed = queue.claim()
+    assert claimed is not None
+    soon = later(queue, 0.2)
+    assert queue.do(jobs.rescue, settings=queue.settings, now=soon) == 0
+    renewal = queue.do(jobs.renew, worker=queue.worker, claims=[claimed.claim_id], settings=queue.settings, now=soon)
+    assert not renewal.lost
+    assert queue.do(jobs.rescue, settings=queue.settings, now=later(queue, 0.3)) == 0
+    assert queue.do(jobs.rescue, settings=queue.settings, now=later(queue, 2)) == 2
+    assert queue.counts(batch) == {"queued": 2}
+    renewal = queue.do(jobs.renew, worker=queue.worker, claims=[claimed.claim_id], settings=queue.settings)
+    assert renewal.lost == {claimed.claim_id}
+
+
+def test_after_a_crash_a_job_is_claimed_alone_and_only_lonely_crashes_quarantine(queue: Queue) -> None:
+    batch = queue.submit(3)
+    assert queue.claim() is not None
+    queue.do(jobs.rescue, settings=queue.settings, worker=queue.worker)
+    poison = None
+    for _ in range(queue.settings.max_crashes):
+        claimed = queue.claim()
+        assert claimed is not None
+        assert len(claimed.jobs) == 1
+        poison = poison or claimed.jobs[0].id
+        assert claimed.jobs[0].id == poison
+        queue.do(jobs.rescue, settings=queue.settings, worker=queue.worker)
+    assert queue.counts(batch) == {"queued": 2, "failed": 1}
+    failed = queue.do(jobs.get_job, queue.project, poison)
+    assert failed.error is not None
+    assert failed.error.code == "quarantined"
+    for _ in range(2):
+        claimed = queue.claim()
+        assert claimed is not None
+        queue.finish(claimed)
+    assert queue.counts(batch) == {"succeeded": 2, "failed": 1}
+
+
+def test_failures_back_off_and_end(queue: Queue) -> None:
+    batch = queue.submit(1)
+    for failure in range(1, queue.settings.max_failures + 1):
+        claimed = queue.claim(now=later(queue, 3600 * failure))
+        assert claimed is not None
+        queue.finish(claimed, Outcome.RETRY, "render-failed")
+        if failure < queue.settings.max_failures:
+            assert queue.counts(batch) == {"queued": 1}
+            assert queue.claim() is None, "backoff keeps it from being claimed at once"
+    assert queue.counts(batch) == {"failed": 1}
+
+
+def test_giving_back_spends_nothing(queue: Queue) -> None:
+    batch = queue.submit(1)
+    for _ in range(10):
+        claimed = queue.claim()
+        assert claimed is not None
+        queue.finish(claimed, Outcome.GIVEN_BACK)
+    assert queue.counts(batch) == {"queued": 1}
+    row = queue.do(lambda conn: conn.execute(text("SELECT failures, crashes, attempt FROM jobs")).one())
+    assert tuple(row) == (0, 0, 10)
+
+
+def test_a_micro_batch_has_one_lane_and_one_adapter_set(queue: Queue) -> None:
+    rows = [
+        {"prompt": "a", "adapters": [{"name": "moss" if n % 2 else "night"}], "steps": 4 if n % 4 < 2 else 8}
+        for n in range(16)
+    ]
+    queue.submit(rows)
+    seen = 0
+    while claimed := queue.claim():
+        assert len({job.recipe.lane for job in claimed.jobs}) == 1
+        assert len({job.recipe.adapter_set for job in claimed.jobs}) == 1
+        assert len(claimed.jobs) == 4
+        seen += len(claimed.jobs)
+    assert seen == 16
+
+
+def test_jobs_of_several_batches_share_a_micro_batch(queue: Queue) -> None:
+    for _ in range(5):
+        queue.submit(1)
+    claimed = queue.claim()
+    assert claimed is not None
+    assert len({job.batch_id for job in claimed.jobs}) == 5
+    assert queue.claim() is None
+
+
+def test_warm_work_goes_first_but_not_for_ever(queue: Queue) -> None:
+    queue.submit(1, checkpoint="other")
+    queue.submit(20)
+    first = queue.claim()
+    assert first is not None
+    assert first.jobs[0].recipe.checkpoint == "c" * 64
+    queue.finish(first, Outcome.GIVEN_BACK)
+    warm = Warm({first.jobs[0].recipe.model_copy(update={"checkpoint": "a" * 64}).lane: ""})
+    second = queue.claim(warm=warm)
+    assert second is not None
+    assert second.jobs[0].recipe.checkpoint == "a" * 64
+    overdue = later(queue, queue.settings.affinity_bound.total_seconds() + 5)
+    third = queue.claim(warm=warm, now=overdue)
+    assert third is not None
+    assert third.jobs[0].recipe.checkpoint == "c" * 64
+
+
+def test_higher_priority_goes_first_and_the_future_waits(queue: Queue) -> None:
+    queue.submit(1, priority=0)
+    queue.submit(1, priority=5, steps=5)
+    future = later(queue, 60).isoformat()
+    queue.submit(1, priority=9, steps=6, run_at=future)
+    steps = [queue.claim(), queue.claim()]
+    assert [claimed.jobs[0].recipe.steps for claimed in steps if claimed] == [5, 4]
+    assert queue.claim() is None
+    due = queue.claim(now=later(queue, 61))
+    assert due is not None
+    assert due.jobs[0].recipe.steps == 6
+
+
+def test_only_forbidden_rows_are_refused_by_the_database(queue: Queue) -> None:
+    queue.submit(1)
+    with pytest.raises(Exception, match="finished_iff_terminal"):
+        queue.do(lambda conn: conn.execute(text("UPDATE jobs SET state = 'succeeded'")))
