@@ -1,0 +1,61 @@
+# The commands of this project. `make demo` and `make test` need Linux, Python >= 3.11 and nothing else.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Installed again only when the pins, the package's own requirements, or the place of the checkout change.
+KEY := $(shell { cat pyproject.toml constraints.txt; echo '$(CURDIR)'; } | sha256sum | cut -c1-16)
+STAMP := $(VENV)/.installed-$(KEY)
+# Tests start their own servers; more processes than two cores only make them slower.
+PYTEST_WORKERS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format up down clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z.]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+install: $(STAMP)  ## the virtual environment with everything pinned
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo 'The farm needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 ...' >&2; exit 1; }
+	@$(BIN)/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV) || \
+	  { echo 'Python cannot make a virtual environment here; on Debian: apt-get install python3-venv' >&2; exit 1; }
+	@echo 'Installing into $(VENV) (once; a few minutes, most of it PyTorch)'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[worker,embedded,test]'
+	@rm -f $(VENV)/.installed-* && touch $@
+
+demo: $(STAMP)  ## render four pictures through the whole farm
+	@$(BIN)/farm demo
+
+test: lint  ## everything: linters, types, import contracts, all tests on real servers
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS)
+
+lint: $(STAMP)  ## linters, formatting, types, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP)  ## let ruff repair what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+up: $(STAMP)  ## the farm on this machine, until Ctrl-C
+	@$(BIN)/farm up
+
+down: $(STAMP)  ## stop what `make up` left running
+	@$(BIN)/farm down
+
+.env:  ## fresh secrets for docker compose; never overwrites
+	@umask 077; while IFS= read -r line; do case "$$line" in \
+	  *_PASSWORD=|*_SECRET_ACCESS_KEY=) echo "$$line$$(od -An -N24 -tx1 /dev/urandom | tr -d ' \n')";; \
+	  *_ACCESS_KEY_ID=) echo "$$line$$(od -An -N10 -tx1 /dev/urandom | tr -d ' \n')";; \
+	  *) echo "$$line";; esac; done < .env.example > .env
+	@echo 'Wrote .env (readable by you only)'
+
+clean:  ## remove what builds and tests leave; data directories (.farm) stay
+	rm -rf $(VENV) build dist *.egg-info demo-out
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
