@@ -24,6 +24,7 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.dialects.postgresql.base import ischema_names
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import UserDefinedType
 
@@ -40,10 +41,14 @@ RUNNING = text("state = 'running'")
 class Xid8(UserDefinedType[str]):
     """A 64-bit transaction id: tells which changes every reader can already see, in an order without gaps."""
 
-    cache_ok: ClassVar[bool] = True
+    cache_ok = True
 
     def get_col_spec(self, **_: Any) -> str:
         return "xid8"
+
+
+# Reading a schema back (migrations against models) needs to know the type too.
+ischema_names["xid8"] = Xid8
 
 
 class Base(DeclarativeBase):

@@ -1,0 +1,70 @@
+"""The models and the migrations say the same, and the claim's statements walk their indexes."""
+
+import uuid
+from typing import Any
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import text
+
+from farm.db import alembic_config, migrate
+from farm.errors import SchemaMismatch
+from farm.models import SCHEMA_VERSION, Base
+from farm.queries import claiming
+from tests.farm.conftest import Queue
+
+
+def test_models_equal_migrations(queue: Queue) -> None:
+    def difference(conn: Any) -> list[Any]:
+        context = MigrationContext.configure(conn, opts={"compare_type": True, "compare_server_default": False})
+        return list(compare_metadata(context, Base.metadata))
+
+    assert queue.do(difference) == []
+
+
+def test_the_code_knows_the_newest_migration() -> None:
+    assert ScriptDirectory.from_config(alembic_config()).get_current_head() == SCHEMA_VERSION
+
+
+def test_a_newer_or_missing_schema_is_refused(queue: Queue) -> None:
+    queue.database.check_schema()
+    assert migrate(queue.settings) == (SCHEMA_VERSION, SCHEMA_VERSION)
+    queue.do(lambda conn: conn.execute(text("UPDATE alembic_version SET version_num = '9999'")))
+    with pytest.raises(SchemaMismatch, match="upgrade the farm"):
+        queue.database.check_schema()
+    with pytest.raises(SchemaMismatch, match="newer"):
+        migrate(queue.settings)
+
+
+def plan(queue: Queue, statement: Any, parameters: dict[str, Any]) -> str:
+    explained = text("EXPLAIN " + str(statement))
+    return "\n".join(queue.do(lambda conn: list(conn.execute(explained, parameters).scalars())))
+
+
+def test_claiming_walks_its_indexes(queue: Queue) -> None:
+    queue.submit(3000)
+    queue.do(lambda conn: conn.execute(text("ANALYZE")))
+    now = queue.do(claiming.database_now)
+    segment = queue.do(lambda conn: conn.execute(text("SELECT * FROM segments")).mappings().one())
+    place = {
+        "segment": segment["id"],
+        "now": now,
+        "head_run_at": segment["head_run_at"],
+        "head_id": segment["head_id"],
+        "limit": 8,
+    }
+    assert "ix_jobs_queue on jobs" in plan(queue, claiming._TAKE, place)
+    by_set = plan(queue, claiming._TAKE_SET, {**place, "adapter_set": ""})
+    assert "Index Scan using ix_jobs_queue" in by_set
+    for found in (by_set, plan(queue, claiming._TAKE, place)):
+        assert "Sort" not in found
+        assert "Seq Scan" not in found
+
+
+def test_reading_a_lane_does_not_scan_jobs(queue: Queue) -> None:
+    queue.submit(100)
+    parameters = {"pool": "default", "now": queue.do(claiming.database_now), "lanes": ["x"], "width": 8}
+    assert "jobs" not in plan(queue, claiming._CANDIDATES, parameters)
+    assert queue.do(claiming.claim_exists, uuid.uuid4()) is False

@@ -1,0 +1,120 @@
+"""What is refused before anything is stored, and what comes out of what is accepted."""
+
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from farm import submission
+from farm.errors import InvalidRequest, TooLarge
+from farm.settings import Settings
+from tests.farm.conftest import Queue, catalogue
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+@pytest.fixture
+def plain() -> Settings:
+    return Settings(
+        database_url="postgresql://farm:long-secret@localhost/x", redis_url="redis://:long-secret@localhost/0"
+    )
+
+
+def refused(plain: Settings, row: Any, **defaults: Any) -> list[dict[str, Any]]:
+    with pytest.raises(InvalidRequest) as caught:
+        submission.prepare([row], defaults=defaults, catalogue=catalogue(), settings=plain, name="n", now=NOW)
+    return [dict(problem) for problem in caught.value.problems]
+
+
+@pytest.mark.parametrize(
+    ("row", "field", "words"),
+    [
+        ({}, "prompt", "required"),
+        ({"prompt": ""}, "prompt", "at least 1"),
+        ({"prompt": "x" * 8001}, "prompt", "at most 8000"),
+        ({"prompt": "a\0b"}, "prompt", "U+0000"),
+        ({"prompt": 5}, "prompt", "string"),
+        ({"prompt": "x", "colour": "red"}, "colour", "unknown field"),
+        ({"prompt": "x", "checkpoint": "crack-tinny"}, "checkpoint", "did you mean crack-tiny"),
+        ({"prompt": "x", "adapters": [{"name": "mos"}]}, "adapters.0.name", "did you mean moss"),
+        ({"prompt": "x", "adapters": [{"name": "big"}]}, "adapters.0.name", "made for sdxl"),
+        ({"prompt": "x", "adapters": [{"name": "lcm"}]}, "adapters.0.name", "acceleration adapter"),
+        ({"prompt": "x", "adapters": [{"name": "moss"}, {"name": "moss"}]}, "adapters.1.name", "twice"),
+        ({"prompt": "x", "adapters": [{"name": "moss", "weight": 11}]}, "adapters.0.weight", "less than or equal"),
+        ({"prompt": "x", "width": 130}, "width", "multiple of 8"),
+        ({"prompt": "x", "width": 512}, "width", "renders 64..256"),
+        ({"prompt": "x", "height": 32}, "height", "renders 64..256"),
+        ({"prompt": "x", "width": "128"}, "width", "valid integer"),
+        ({"prompt": "x", "steps": 0}, "steps", "greater than"),
+        ({"prompt": "x", "steps": 101}, "steps", "less than"),
+        ({"prompt": "x", "steps": True}, "steps", "valid integer"),
+        ({"prompt": "x", "guidance_scale": -1}, "guidance_scale", "greater than"),
+        ({"prompt": "x", "guidance_scale": float("nan")}, "guidance_scale", "finite"),
+        ({"prompt": "x", "seed": -1}, "seed", "greater than"),
+        ({"prompt": "x", "seed": 2**53}, "seed", "less than"),
+        ({"prompt": "x", "seed": 2**53 - 1, "count": 2}, "seed", "seed + count"),
+        ({"prompt": "x", "count": 0}, "count", "greater than"),
+        ({"prompt": "x", "priority": 101}, "priority", "less than"),
+        ({"prompt": "x", "scheduler": "euler"}, "scheduler", "needs scheduler lcm"),
+        ({"prompt": "x", "labels": {"a": 1}}, "labels.a", "string"),
+        ({"prompt": "x", "run_at": "2026-01-01T00:00:00"}, "run_at", "timezone"),
+        (b"{", "", "not valid JSON"),
+        (b"[1]", "", "one JSON object"),
+        (b'{"prompt": "x", "steps": NaN}', "", "not valid JSON"),
+    ],
+)
+def test_bad_input_is_refused_with_its_field(plain: Settings, row: Any, field: str, words: str) -> None:
+    problems = refused(plain, row)
+    assert problems[0]["line"] == 1
+    assert any(p["field"] == field and words.lower() in p["problem"].lower() for p in problems), problems
+
+
+def test_bad_defaults_are_named_as_such(plain: Settings) -> None:
+    assert refused(plain, {"prompt": "x"}, steps="four")[0]["field"] == "defaults.steps"
+    assert refused(plain, {"prompt": "x"}, seed=1)[0]["field"] == "defaults.seed"
+
+
+def test_the_first_hundred_bad_lines_are_reported(plain: Settings) -> None:
+    rows = [b"{}"] * 250
+    with pytest.raises(InvalidRequest) as caught:
+        submission.prepare(rows, defaults={}, catalogue=catalogue(), settings=plain, name="n", now=NOW)
+    assert [problem["line"] for problem in caught.value.problems] == list(range(1, 101))
+
+
+def test_too_many_jobs_and_none_at_all(plain: Settings) -> None:
+    small = plain.model_copy(update={"max_batch_jobs": 3})
+    row = {"prompt": "x", "count": 4}
+    with pytest.raises(TooLarge, match="at most 3"):
+        submission.prepare([row], defaults={}, catalogue=catalogue(), settings=small, name="n", now=NOW)
+    with pytest.raises(InvalidRequest, match="no job"):
+        submission.prepare([b"  \n"], defaults={}, catalogue=catalogue(), settings=plain, name="n", now=NOW)
+
+
+def test_dry_run_counts_jobs_lanes_and_pipelines(plain: Settings) -> None:
+    rows = [
+        {"prompt": "x", "count": 4},
+        {"prompt": "y", "adapters": [{"name": "moss", "weight": 0.5}], "negative_prompt": "rain"},
+        {"prompt": "z", "steps": 8, "acceleration": "none"},
+    ]
+    with submission.prepare(rows, defaults={}, catalogue=catalogue(), settings=plain, name="n", now=NOW) as prepared:
+        dry = prepared.dry_run()
+    assert (dry.jobs, dry.lanes, dry.pipelines) == (6, 2, 3)
+    assert dry.warnings == ["negative_prompt has no effect at guidance_scale 1"]
+
+
+def test_count_makes_jobs_with_rising_seeds(queue: Queue) -> None:
+    batch = queue.submit([{"prompt": "x", "seed": 41, "count": 4}])
+    assert batch.total == 4
+    claimed = queue.claim()
+    assert claimed is not None
+    assert [job.recipe.seed for job in claimed.jobs] == [41, 42, 43, 44]
+
+
+def test_profile_gives_the_defaults(queue: Queue) -> None:
+    queue.submit([{"prompt": "x"}])
+    claimed = queue.claim()
+    assert claimed is not None
+    recipe = claimed.jobs[0].recipe
+    assert (recipe.width, recipe.steps, recipe.guidance_scale, recipe.scheduler) == (128, 4, 1.0, "lcm")
+    assert recipe.acceleration is not None
+    assert recipe.acceleration.hash == "b" * 64
