@@ -11,6 +11,7 @@ import pwd
 import shutil
 import stat
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,28 +78,32 @@ def _lets_through(account: Account, folder: Path) -> bool:
     return bool(found.st_mode & stat.S_IXOTH)
 
 
-def reachable_copy(account: Account | None, folder: Path, label: str) -> Path:
-    """`folder` itself where the account can walk to it, else a copy of it that it can reach.
+def reachable_copy(account: Account | None, folders: Sequence[Path], label: str) -> Path:
+    """The folder that holds `folders` (siblings) where the account can use them: their own, or that of a copy.
 
     The copy is made once per `label` (name and version), by rename, so that a second one at the same time is harmless.
     """
-    if account is None or can_walk(account, folder.resolve()):
-        return folder
+    origin = folders[0].resolve().parent
+    if account is None or all(can_walk(account, folder.resolve()) for folder in folders):
+        return origin
     home = ELSEWHERE / "programs"
     copy = home / label
     if not copy.exists():
         half = home / f".{label}-{uuid.uuid4().hex}"
         _make(home)
         try:
-            shutil.copytree(folder, half, symlinks=True)
-            half.chmod(0o755)
+            for folder in folders:
+                shutil.copytree(folder, half / folder.name, symlinks=True)
+            for path in (half, *half.rglob("*")):
+                if not path.is_symlink():
+                    path.chmod(path.stat().st_mode | (0o055 if path.stat().st_mode & stat.S_IXUSR else 0o044))
             half.rename(copy)
         except OSError as error:
             shutil.rmtree(half, ignore_errors=True)
             if not copy.exists():
                 raise StackError(
-                    f"user {account.name}, who runs PostgreSQL, cannot reach {folder}, and copying it to {copy} "
-                    f"failed: {error}"
+                    f"user {account.name}, who runs PostgreSQL because you are root, cannot reach {origin}, "
+                    f"and copying from it to {copy} failed: {error}"
                 ) from error
     return copy
 
@@ -107,20 +112,22 @@ def reachable_home(account: Account | None, link: Path) -> Path:
     """The folder for the files of `link` (a path in the data directory) that the account may write, mode 700.
 
     Where the account cannot walk to `link`, that becomes a symbolic link to a folder below `ELSEWHERE`.
+
+    Raises StackError if there is no place that the account can reach, or the one it had is gone.
     """
     if account is None:
         link.mkdir(mode=0o700, exist_ok=True)
         return link
-    if link.is_symlink() or link.exists():
-        home = link.resolve()
+    if link.is_symlink():
+        home = link.readlink()
         if not home.is_dir():
             raise StackError(
                 f"{link} points to {home}, which is gone, and the database with it; restore it, "
-                f"or start anew in another data directory"
+                "or start anew in another data directory"
             )
-    elif can_walk(account, link.parent.resolve()):
-        home = link
-        home.mkdir(mode=0o700)
+    elif link.exists() or can_walk(account, link.parent.resolve()):
+        home = link.absolute()
+        home.mkdir(mode=0o700, exist_ok=True)
     else:
         _forget_abandoned()
         home = ELSEWHERE / "clusters" / uuid.uuid4().hex[:12] / link.name
@@ -128,10 +135,10 @@ def reachable_home(account: Account | None, link: Path) -> Path:
         home.mkdir(mode=0o700)
         (home.parent / "belongs-to").write_text(f"{link.absolute()}\n", encoding="utf-8")
         link.symlink_to(home)
-    if not can_walk(account, home.parent):
+    if not can_walk(account, home.parent.resolve()):
         raise StackError(
             f"user {account.name}, who runs PostgreSQL because you are root, cannot reach {home}: a folder above it is "
-            "closed; choose a --data-dir below an open folder such as /srv, or run farm as an ordinary user"
+            "closed; open it again, or choose a --data-dir below an open folder such as /srv"
         )
     os.chown(home, account.uid, account.gid)
     return home

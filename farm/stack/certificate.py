@@ -1,4 +1,4 @@
-"""The certificate with which SeaweedFS's parts recognise each other; one key pair serves as authority, server and client.
+"""The certificate by which SeaweedFS's parts recognise each other: one key pair as authority, server and client.
 
 Without it the inner gRPC ports obey every user of the machine.
 """

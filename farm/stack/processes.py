@@ -76,6 +76,7 @@ def spawn(
     def ask_for_farewell() -> None:
         _libc.prctl(PR_SET_PDEATHSIG, int(farewell))
 
+    before = ask_for_farewell if threading.current_thread() is threading.main_thread() else None
     try:
         with log.open("ab") as output:
             return subprocess.Popen(
@@ -86,7 +87,7 @@ def spawn(
                 cwd=directory,
                 env=dict(environment),
                 start_new_session=True,
-                preexec_fn=ask_for_farewell if threading.current_thread() is threading.main_thread() else None,
+                preexec_fn=before,  # noqa: PLW1509  # one system call, which takes no lock
                 user=account.uid if account else None,
                 group=account.gid if account else None,
                 extra_groups=[] if account else None,

@@ -1,0 +1,139 @@
+"""The three servers of one machine: PostgreSQL, Valkey and SeaweedFS, started side by side."""
+
+from collections.abc import Callable
+
+from farm.errors import StackError
+from farm.stack import postgres, seaweed, valkey
+from farm.stack.datadir import DataDir
+from farm.stack.ports import Ports, is_free
+from farm.stack.secrets import load_secrets
+from farm.stack.service import Program, Service
+
+BUCKET = "farm"
+START_TRIES = 3
+"""A port that was free a moment ago may be taken when the server gets to it."""
+
+
+class Servers:
+    """The servers of one data directory, which the caller has created and holds the lock of."""
+
+    def __init__(self, directory: DataDir, *, durable: bool = True, note: Callable[[], None] = lambda: None) -> None:
+        """`durable=False` is for tests: no fsync, and no waiting for SeaweedFS to leave."""
+        self._directory = directory
+        self._durable = durable
+        self._note = note
+        self._ports = Ports(directory.ports)
+        self.secrets = load_secrets(directory.secrets, needed_by=directory.path / "postgres")
+        self._cluster: postgres.Cluster | None = None
+        self._numbers: dict[str, int] = {}
+        self.postgres: Service | None = None
+        self.valkey: Service | None = None
+        self.s3: Service | None = None
+
+    @property
+    def services(self) -> list[Service]:
+        """Those started so far, in the order in which they are stopped."""
+        return [service for service in (self.s3, self.valkey, self.postgres) if service is not None]
+
+    def environment(self) -> dict[str, str]:
+        """The `FARM_*` variables that lead to these servers. Known once `start` has chosen the ports."""
+        if self._cluster is None:
+            raise StackError("the servers have no ports before they are started")
+        numbers, secrets = self._numbers, self.secrets
+        return {
+            "FARM_ENVIRONMENT": "production",
+            "FARM_DATABASE_URL": self._cluster.url(numbers["postgres"]),
+            "FARM_REDIS_URL": valkey.url(numbers["valkey"], secrets.valkey_password),
+            "FARM_S3_ENDPOINT_URL": seaweed.endpoint(numbers),
+            "FARM_S3_REGION": "us-east-1",
+            "FARM_S3_BUCKET": BUCKET,
+            "FARM_S3_ACCESS_KEY_ID": secrets.s3_access_key,
+            "FARM_S3_SECRET_ACCESS_KEY": secrets.s3_secret_key,
+        }
+
+    def start(self, healthy: Callable[[Service], None] = lambda _: None) -> None:
+        """Start all three and wait for them; `healthy` is called for each. Nothing is left running if one fails.
+
+        Raises StackError.
+        """
+        try:
+            # The two that need no preparation get going while initdb works.
+            self.s3 = Service(self._s3_program(), self._note)
+            self.s3.spawn()
+            self.valkey = Service(self._valkey_program(), self._note)
+            self.valkey.spawn()
+            self._cluster = postgres.prepare(
+                self._directory.path,
+                password=self.secrets.postgres_password,
+                logs=self._directory.logs,
+                durable=self._durable,
+            )
+            self._cluster.remove_stale_pid_file()
+            self.postgres = Service(self._postgres_program(), self._note)
+            self.postgres.spawn()
+            makers = (
+                (self.postgres, self._postgres_program),
+                (self.valkey, self._valkey_program),
+                (self.s3, self._s3_program),
+            )
+            for service, program in makers:
+                self._settle(service, program)
+                healthy(service)
+        except BaseException:
+            self.stop()
+            raise
+
+    def _settle(self, service: Service, program: Callable[[], Program]) -> None:
+        """Wait for health; where it died because somebody took its port, choose another and start it again."""
+        for attempt in range(1, START_TRIES + 1):
+            try:
+                service.wait_healthy()
+            except StackError:
+                taken = [name for name in self._ports_of(service) if not is_free(self._numbers[name])]
+                if service.alive or not taken or attempt == START_TRIES:
+                    raise
+                service.stop()
+                service.program = program()
+                service.spawn()
+            else:
+                return
+
+    def stop(self) -> None:
+        """Stop S3, Valkey and PostgreSQL. They know nothing of each other, so all are asked before any is awaited."""
+        for service in self.services:
+            service.ask_to_stop()
+        for service in self.services:
+            service.stop()
+        if self.s3 is not None:
+            seaweed.remove_sockets(self._numbers)
+
+    @staticmethod
+    def _ports_of(service: Service) -> tuple[str, ...]:
+        return seaweed.PORTS if service.name == "s3" else (service.name,)
+
+    def _choose(self, *names: str, **also: int) -> dict[str, int]:
+        self._numbers |= self._ports.choose(names, also=also)
+        return self._numbers
+
+    def _postgres_program(self) -> Program:
+        if self._cluster is None:
+            raise StackError("the cluster is not prepared")
+        return self._cluster.program(self._choose("postgres")["postgres"])
+
+    def _valkey_program(self) -> Program:
+        return valkey.program(
+            self._directory.path,
+            port=self._choose("valkey")["valkey"],
+            password=self.secrets.valkey_password,
+            logs=self._directory.logs,
+        )
+
+    def _s3_program(self) -> Program:
+        ports = self._choose(*seaweed.PORTS, admin=seaweed.ADMIN_DISTANCE)
+        return seaweed.program(
+            self._directory.path,
+            ports=ports,
+            secrets=self.secrets,
+            logs=self._directory.logs,
+            durable=self._durable,
+        )
