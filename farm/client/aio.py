@@ -1,11 +1,12 @@
 """The asynchronous client: the same methods as `farm.client.sync.Farm`, awaited."""
 
+# ruff: noqa: ASYNC109  # `timeout` is a word of the client's, the same in both; it bounds the waiting, not the task
+
+import asyncio
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from pathlib import Path
 from random import Random
-from time import sleep
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack, overload
 from uuid import UUID
@@ -13,12 +14,12 @@ from uuid import UUID
 import httpx
 
 from farm.client import calls, flows, pictures, sse
-from farm.client.calls import Call, Id, JobFields, Row, States
+from farm.client.calls import AsyncRows, Call, Id, JobFields, Row, States
 from farm.client.connection import resolve
 from farm.client.flows import Answer, Block, Flow, Send, Sleep
 from farm.client.pictures import Download, Downloaded, Saved
 from farm.client.problems import error_from
-from farm.client.transport import api_options, arguments, chunks, storage_options
+from farm.client.transport import api_options, arguments, async_chunks, storage_options
 from farm.states import JobState
 from farm.views import (
     AdapterView,
@@ -38,7 +39,11 @@ T = TypeVar("T")
 
 
 class AsyncFarm:
-    """A farm, over its API, for one event loop. Close it, or use it in an `async with` block."""
+    """A farm, over its API, for one event loop. Close it, or use it in an `async with` block.
+
+    Every method does what the method of the same name of `Farm` does and is described there; those that answer
+    iterators there answer asynchronous iterators here, and `submit_many` reads either kind of iterable.
+    """
 
     def __init__(
         self,
@@ -49,7 +54,6 @@ class AsyncFarm:
         timeout: float = 60.0,
         parallel: int = 8,
     ) -> None:
-        """`timeout`: seconds one answer may take to begin. `parallel`: pictures fetched at a time."""
         self.connection = resolve(url, api_key, data_dir)
         self._api = httpx.AsyncClient(**api_options(self.connection, timeout))
         self._storage = httpx.AsyncClient(**storage_options(timeout))
@@ -81,7 +85,6 @@ class AsyncFarm:
     async def submit(
         self, prompt: Row, *, count: int | None = None, idempotency_key: str | None = None, **fields: Unpack[JobFields]
     ) -> JobView | BatchView:
-        """Submit one job: a prompt, or a mapping of a job's fields. A `count` above 1 makes a batch of it."""
         return await self._request(calls.submit(prompt, count, idempotency_key, fields))
 
     async def submit_many(
@@ -92,16 +95,10 @@ class AsyncFarm:
         defaults: Mapping[str, Any] | None = None,
         idempotency_key: str | None = None,
     ) -> BatchView:
-        """Submit a batch: prompts or mappings, read and sent as they come, all accepted or none.
-
-        A key is made up unless one is given. Lists are sent again after a failure; a generator can be read only once,
-        so give a key of your own to be able to repeat that by hand.
-        """
         call = calls.submit_many(rows, name, defaults or {}, idempotency_key, dry_run=False)
         return calls.accepted(await self._request(call))
 
     async def dry_run(self, rows: AsyncRows, *, name: str = "", defaults: Mapping[str, Any] | None = None) -> DryRun:
-        """What `submit_many` would do: how many jobs in how many lanes. Nothing is stored."""
         return calls.rehearsed(await self._request(calls.submit_many(rows, name, defaults or {}, None, dry_run=True)))
 
     # Reading
@@ -112,7 +109,6 @@ class AsyncFarm:
     def jobs(
         self, *, state: States = (), labels: Mapping[str, str] | None = None, batch: Id | None = None, page: int = 200
     ) -> AsyncIterator[JobView]:
-        """Jobs, fetched `page` at a time as they are asked for; of one batch, or of all."""
         return self._pages(calls.jobs(state, labels or {}, batch, page))
 
     async def batch(self, batch_id: Id) -> BatchView:
@@ -121,25 +117,24 @@ class AsyncFarm:
     def batches(
         self, *, state: str | None = None, labels: Mapping[str, str] | None = None, page: int = 200
     ) -> AsyncIterator[BatchView]:
-        """Batches, fetched `page` at a time; `state` is `active`, `done` or `paused`."""
         return self._pages(calls.batches(state, labels or {}, page))
 
     async def events(self, batch: BatchView | Id, after: str | None = None) -> AsyncIterator[Event]:
-        """The events of a batch until it is done, behind the event id `after`; goes on after a broken connection."""
         stream = sse.Stream(calls.id_of(batch), after, self._random)
         while not stream.ended:
             failure: Exception | None = None
             try:
-                with self._api.stream(**arguments(stream.call()), timeout=sse.SILENCE) as response:
+                async with self._api.stream(**arguments(stream.call()), timeout=sse.SILENCE) as response:
                     if response.status_code >= 400:
-                        failure = error_from(response.status_code, response.read())
+                        failure = error_from(response.status_code, await response.aread())
                     else:
-                        for piece in response.iter_bytes():
-                            yield from stream.feed(piece)
+                        async for piece in response.aiter_bytes():
+                            for event in stream.feed(piece):
+                                yield event
             except httpx.TransportError as error:
                 failure = error
             if not stream.ended:
-                sleep(stream.broke(failure))
+                await asyncio.sleep(stream.broke(failure))
 
     @overload
     async def wait(
@@ -162,10 +157,6 @@ class AsyncFarm:
         timeout: float | None = None,
         on_progress: Callable[[Any], object] | None = None,
     ) -> JobView | BatchView:
-        """The job or batch once nothing of it is queued or running, however it ended.
-
-        `on_progress` is told each view that is new. Raises TimeoutError after `timeout` seconds.
-        """
         if isinstance(what, JobView):
             return await self._run(flows.wait(calls.job(what.id), flows.job_done, timeout, on_progress, self._random))
         return await self._run(flows.wait(calls.batch(what.id), flows.batch_done, timeout, on_progress, self._random))
@@ -173,27 +164,19 @@ class AsyncFarm:
     # Pictures
 
     async def image(self, job: JobView) -> bytes:
-        """The picture of a succeeded job (PNG)."""
         return await self._run(pictures.picture(job, self._random))
 
     def images(self, batch: BatchView | Id) -> AsyncIterator[tuple[JobView, bytes]]:
-        """Each succeeded job of a batch with its picture, in order; a few are fetched ahead."""
         return self._ahead(self._succeeded(batch), lambda job: pictures.with_picture(job, self._random))
 
     async def save(self, job: JobView, path: Path | str) -> Saved:
-        """The picture of one job as a file; left alone if it is there already."""
         return await self._run(pictures.save(job, Path(path), self._random))
 
     async def download(
         self, batch: BatchView | Id, out_dir: Path | str, on_progress: Callable[[Saved, int], object] | None = None
     ) -> Downloaded:
-        """The pictures of a batch as files named `NNNNNN-<seed>.png` beside a manifest; run it again to go on.
-
-        What is there already with the right content is not fetched again. `on_progress` is told each picture and how
-        many there are by then.
-        """
         with Download(out_dir) as run:
-            for saved in self._ahead(
+            async for saved in self._ahead(
                 self._succeeded(batch), lambda job: pictures.save(job, run.path(job), self._random)
             ):
                 done = run.add(saved)
@@ -225,14 +208,12 @@ class AsyncFarm:
         return await self._request(calls.act_on_batch(calls.id_of(batch), "resume"))
 
     async def retry(self, batch: BatchView | Id) -> BatchView:
-        """Queue the failed and cancelled jobs of a batch again."""
         return await self._request(calls.act_on_batch(calls.id_of(batch), "retry"))
 
     async def priority(self, batch: BatchView | Id, priority: int) -> BatchView:
         return await self._request(calls.set_priority(calls.id_of(batch), priority))
 
     async def delete(self, batch: BatchView | Id) -> None:
-        """Delete a batch, its jobs and their pictures."""
         await self._request(calls.delete("batches", calls.id_of(batch)))
 
     # The farm itself
@@ -258,7 +239,6 @@ class AsyncFarm:
     async def create_key(
         self, name: str, *, project: str = "default", scopes: Iterable[str], expires_at: str | None = None
     ) -> KeyView:
-        """A new API key; its `key` is shown in this answer and never again. Needs the scope `admin`."""
         return await self._request(calls.create_key(project, name, list(scopes), expires_at))
 
     async def revoke_key(self, key_id: UUID | str) -> None:
@@ -274,7 +254,7 @@ class AsyncFarm:
             effect = next(flow)
             while True:
                 try:
-                    result = self._perform(effect)
+                    result = await self._perform(effect)
                 except (httpx.TransportError, OSError) as error:
                     effect = flow.throw(error)
                 else:
@@ -285,31 +265,41 @@ class AsyncFarm:
 
     async def _perform(self, effect: Send[Any] | Sleep | Block[Any]) -> Any:
         if isinstance(effect, Sleep):
-            return sleep(effect.seconds)
+            return await asyncio.sleep(effect.seconds)
         if isinstance(effect, Block):
-            return effect.function()
+            return await asyncio.to_thread(effect.function)
         client = self._storage if effect.call.storage else self._api
         rows = effect.call.rows
-        response = client.request(**arguments(effect.call), content=effect.call.body if rows is None else chunks(rows))
+        content = effect.call.body if rows is None else async_chunks(rows)
+        response = await client.request(**arguments(effect.call), content=content)
         return Answer(response.status_code, response.headers, response.content)
 
     async def _pages(self, page_from: Callable[[str | None], Call[Page[T]]]) -> AsyncIterator[T]:
-        page = self._request(page_from(None))
-        yield from page.items
-        while page.next_cursor:
-            page = self._request(page_from(page.next_cursor))
-            yield from page.items
+        cursor: str | None = None
+        while True:
+            page = await self._request(page_from(cursor))
+            for item in page.items:
+                yield item
+            if not (cursor := page.next_cursor):
+                return
 
     async def _ahead(self, items: AsyncIterator[A], work: Callable[[A], Flow[T]]) -> AsyncIterator[T]:
         """The results of the work on each item, in order, a few being worked on at a time."""
-        pool = ThreadPoolExecutor(self._parallel, thread_name_prefix="farm-client")
-        pending: deque[Future[T]] = deque()
+        slots = asyncio.Semaphore(self._parallel)
+        pending: deque[asyncio.Task[T]] = deque()
+
+        async def one(item: A) -> T:
+            async with slots:
+                return await self._run(work(item))
+
         try:
-            for item in items:
-                pending.append(pool.submit(self._run, work(item)))
+            async for item in items:
+                pending.append(asyncio.create_task(one(item)))
                 if len(pending) >= 2 * self._parallel:
-                    yield pending.popleft().result()
+                    yield await pending.popleft()
             while pending:
-                yield pending.popleft().result()
+                yield await pending.popleft()
         finally:
-            pool.shutdown(cancel_futures=True)
+            for task in pending:
+                task.cancel()
+            await asyncio.gather(*pending, return_exceptions=True)

@@ -171,7 +171,7 @@ def jobs(
     """A page of jobs from a cursor on; `None` is the first."""
     path = f"{API}/jobs" if batch_id is None else f"{API}/batches/{segment(batch_id)}/jobs"
     params = [("state", str(state)) for state in ([states] if isinstance(states, str) else states)]
-    params += _labels(labels) + [("limit", str(limit))]
+    params += [*_labels(labels), ("limit", str(limit))]
     return lambda cursor: Call("GET", path, JOBS, params + _cursor(cursor))
 
 

@@ -8,8 +8,8 @@ import httpx
 import orjson
 
 from farm.backoff import backoff
+from farm.client import flows
 from farm.client.calls import API, Call, Id, nothing, segment
-from farm.client.flows import FIRST_PAUSE, LONGEST_PAUSE
 from farm.errors import FarmError, TransientError, Unavailable
 from farm.views import Event
 
@@ -92,4 +92,4 @@ class Stream:
             raise failure
         if self._failures > TRIES:
             raise failure or Unavailable(f"the events of batch {self._batch_id} end too early again and again")
-        return backoff(self._failures, FIRST_PAUSE, LONGEST_PAUSE, self._random).total_seconds()
+        return backoff(self._failures, flows.FIRST_PAUSE, flows.LONGEST_PAUSE, self._random).total_seconds()

@@ -296,11 +296,12 @@ class Farm:
         return Answer(response.status_code, response.headers, response.content)
 
     def _pages(self, page_from: Callable[[str | None], Call[Page[T]]]) -> Iterator[T]:
-        page = self._request(page_from(None))
-        yield from page.items
-        while page.next_cursor:
-            page = self._request(page_from(page.next_cursor))
+        cursor: str | None = None
+        while True:
+            page = self._request(page_from(cursor))
             yield from page.items
+            if not (cursor := page.next_cursor):
+                return
 
     def _ahead(self, items: Iterator[A], work: Callable[[A], Flow[T]]) -> Iterator[T]:
         """The results of the work on each item, in order, a few being worked on at a time."""
