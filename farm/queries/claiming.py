@@ -39,7 +39,7 @@ _LANE = text(f"""
     ORDER BY priority DESC, head_run_at LIMIT :limit
 """)
 
-# Walks ix_jobs_queue from the segment's head; measured in benchmarks/queue.py.
+# Walks ix_jobs_queue from the segment's head; measured in benchmarks/queue_cost.py.
 _TAKE = text("""
     SELECT id, adapter_set, alone FROM jobs
     WHERE segment_id = :segment AND state = 'queued' AND run_at <= :now AND (run_at, id) >= (:head_run_at, :head_id)
