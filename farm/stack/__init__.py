@@ -5,22 +5,27 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from farm.settings import Settings
-from farm.stack.datadir import DataDir, running, stop_running
-from farm.stack.servers import Servers
+from farm.stack.datadir import DataDir, running, status, stop_running
+from farm.stack.servers import Servers, settings_from
+from farm.stack.service import ServiceStatus
 
-__all__ = ["Servers", "embedded", "embedded_servers", "running", "settings_from", "stop_running"]
-
-
-def settings_from(environment: dict[str, str]) -> Settings:
-    """Settings from exactly these `FARM_*` variables; what else the process's environment holds counts less."""
-    return Settings(**{name.removeprefix("FARM_").lower(): value for name, value in environment.items()})  # type: ignore[arg-type]
+__all__ = [
+    "Servers",
+    "ServiceStatus",
+    "embedded",
+    "embedded_servers",
+    "running",
+    "settings_from",
+    "status",
+    "stop_running",
+]
 
 
 @contextmanager
 def embedded_servers(data_dir: Path, *, durable: bool = True) -> Iterator[Servers]:
     """The three servers alone, running in `data_dir` until the block ends.
 
-    `durable=False` is for tests and benchmarks of other things: no fsync. Raises StackError.
+    `durable=False` is for tests and for benchmarks of other things: no fsync. Raises StackError.
     """
     directory = DataDir(data_dir)
     directory.create()

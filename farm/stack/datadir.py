@@ -83,7 +83,16 @@ class DataDir:
             self._lock = None
 
     def write_stack(self, services: Sequence[ServiceStatus]) -> None:
-        write_private_json(self.stack, services)
+        """Write `stack.json`: ourselves, and these services."""
+        me = Identity.of(os.getpid())
+        supervisor: ServiceStatus = {
+            "name": SUPERVISOR,
+            "pid": os.getpid(),
+            "created": me.created if me else None,
+            "address": str(self.path),
+            "state": "healthy",
+        }
+        write_private_json(self.stack, [supervisor, *services])
 
     def read_stack(self) -> list[ServiceStatus]:
         """What `stack.json` says; empty if there is none."""
@@ -155,3 +164,15 @@ def stop_running(data_dir: Path, *, patience: float = 90.0) -> bool:
     finally:
         directory.release()
     return supervisor is not None or bool(orphans)
+
+
+def status(data_dir: Path) -> list[ServiceStatus]:
+    """The services of this data directory as they are: those whose process is gone are `stopped`."""
+    found = DataDir(data_dir).read_stack()
+    for service in found:
+        identity = identity_of(service)
+        if identity is None or not identity.alive:
+            service["pid"], service["created"] = None, None
+            if service["state"] != "restarting":
+                service["state"] = "stopped"
+    return found

@@ -1,10 +1,14 @@
 """Free ports on the loopback interface, remembered so that addresses stay the same from start to start."""
 
+import contextlib
+import http.client
 import json
 import random
 import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import psutil
 
 from farm.errors import StackError
 
@@ -36,6 +40,28 @@ def free_port(taken: frozenset[int] = frozenset(), *, also: int | None = None) -
         if not wanted & taken and all(is_free(each) for each in wanted):
             return port
     raise StackError(f"no free port between {LOWEST} and {HIGHEST} on {LOOPBACK}; stop some servers and try again")
+
+
+def holder(port: int) -> str:
+    """Who listens on this port, as words for a message; empty if that cannot be found out."""
+    with contextlib.suppress(psutil.Error, OSError):
+        for connection in psutil.net_connections("tcp"):
+            local = connection.laddr
+            if connection.status == psutil.CONN_LISTEN and local and local.port == port and connection.pid:
+                return f" (by {psutil.Process(connection.pid).name()}, process {connection.pid})"
+    return ""
+
+
+def answers_http(port: int, path: str) -> bool:
+    """Whether what listens there answers a GET of this path with 200 within two seconds."""
+    connection = http.client.HTTPConnection(LOOPBACK, port, timeout=2)
+    try:
+        connection.request("GET", path)
+        return connection.getresponse().status == http.HTTPStatus.OK
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
 
 
 class Ports:

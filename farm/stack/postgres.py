@@ -3,7 +3,6 @@
 The wheel's own Python layer trusts everybody on the machine and changes permissions of folders it did not make.
 """
 
-import contextlib
 import importlib.metadata
 import importlib.util
 import os
@@ -12,6 +11,7 @@ import signal
 import subprocess
 from pathlib import Path
 
+import psutil
 import psycopg
 
 from farm.errors import StackError
@@ -106,13 +106,19 @@ class Cluster:
             return False
         return True
 
-    def remove_stale_pid_file(self) -> None:
-        """After a crash: its old id may now be another program's, which PostgreSQL would take for itself.
+    def disown_pid_file(self) -> None:
+        """Remove the pid file of a crashed server if its process id is another program's by now.
 
-        To be called only when no server of this cluster can be running.
+        PostgreSQL would take that program for itself. Any other leftover it recognises, and it must see the file then:
+        processes of the dead server may still be about.
         """
-        with contextlib.suppress(FileNotFoundError):
-            (self._home / "data" / "postmaster.pid").unlink()
+        file = self._home / "data" / "postmaster.pid"
+        try:
+            process = psutil.Process(int(file.read_text().split("\n", 1)[0]))
+            if process.name() != "postgres":
+                file.unlink()
+        except (FileNotFoundError, ValueError, psutil.Error):
+            return
 
 
 def _programs(account: Account | None) -> Path:

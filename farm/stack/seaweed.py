@@ -4,7 +4,6 @@ Everything listens on loopback. S3 wants the access key; the inner HTTP ports wa
 the inner gRPC ports a certificate of our own, so that other users of the machine cannot read or delete objects.
 """
 
-import http.client
 import os
 import shutil
 import signal
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from farm.errors import StackError
 from farm.stack.certificate import ensure_certificate
-from farm.stack.ports import LOOPBACK
+from farm.stack.ports import LOOPBACK, answers_http
 from farm.stack.secrets import Secrets, write_private_json
 from farm.stack.service import Program
 
@@ -45,7 +44,7 @@ def program(data_dir: Path, *, ports: Mapping[str, int], secrets: Secrets, logs:
         directory=home,
         log=logs / "s3.log",
         address=endpoint(ports),
-        healthy=lambda: _answers(ports["s3"]),
+        healthy=lambda: answers_http(ports["s3"], "/healthz"),
         patience=30.0,
         grace=8.0 if durable else 0.0,
         ask=signal.SIGTERM if durable else signal.SIGKILL,
@@ -94,17 +93,6 @@ def _environment(home: Path, secrets: Secrets) -> dict[str, str]:
         "HOME": str(home.absolute()),
         "PATH": os.defpath,
     }
-
-
-def _answers(port: int) -> bool:
-    connection = http.client.HTTPConnection(LOOPBACK, port, timeout=2)
-    try:
-        connection.request("GET", "/healthz")
-        return connection.getresponse().status == http.HTTPStatus.OK
-    except (OSError, http.client.HTTPException):
-        return False
-    finally:
-        connection.close()
 
 
 def _binary() -> Path:

@@ -1,8 +1,9 @@
 """The three servers of one machine: PostgreSQL, Valkey and SeaweedFS, started side by side."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from farm.errors import StackError
+from farm.settings import Settings
 from farm.stack import postgres, seaweed, valkey
 from farm.stack.datadir import DataDir
 from farm.stack.ports import Ports, is_free
@@ -12,6 +13,12 @@ from farm.stack.service import Program, Service
 BUCKET = "farm"
 START_TRIES = 3
 """A port that was free a moment ago may be taken when the server gets to it."""
+
+
+def settings_from(environment: Mapping[str, str]) -> Settings:
+    """Settings in which these `FARM_*` variables win over what the process's own environment says."""
+    named = {name.removeprefix("FARM_").lower(): value for name, value in environment.items()}
+    return Settings(**named)  # type: ignore[arg-type]  # strings, as from an environment: pydantic reads them
 
 
 class Servers:
@@ -51,10 +58,12 @@ class Servers:
             "FARM_S3_SECRET_ACCESS_KEY": secrets.s3_secret_key,
         }
 
-    def start(self, healthy: Callable[[Service], None] = lambda _: None) -> None:
+    def start(
+        self, healthy: Callable[[Service], None] = lambda _: None, check_stop: Callable[[], None] = lambda: None
+    ) -> None:
         """Start all three and wait for them; `healthy` is called for each. Nothing is left running if one fails.
 
-        Raises StackError.
+        Raises StackError, and whatever `check_stop`, called all the time, raises.
         """
         try:
             # The two that need no preparation get going while initdb works.
@@ -68,7 +77,6 @@ class Servers:
                 logs=self._directory.logs,
                 durable=self._durable,
             )
-            self._cluster.remove_stale_pid_file()
             self.postgres = Service(self._postgres_program(), self._note)
             self.postgres.spawn()
             makers = (
@@ -77,17 +85,17 @@ class Servers:
                 (self.s3, self._s3_program),
             )
             for service, program in makers:
-                self._settle(service, program)
+                self._settle(service, program, check_stop)
                 healthy(service)
         except BaseException:
             self.stop()
             raise
 
-    def _settle(self, service: Service, program: Callable[[], Program]) -> None:
+    def _settle(self, service: Service, program: Callable[[], Program], check_stop: Callable[[], None]) -> None:
         """Wait for health; where it died because somebody took its port, choose another and start it again."""
         for attempt in range(1, START_TRIES + 1):
             try:
-                service.wait_healthy()
+                service.wait_healthy(check_stop)
             except StackError:
                 taken = [name for name in self._ports_of(service) if not is_free(self._numbers[name])]
                 if service.alive or not taken or attempt == START_TRIES:
@@ -107,6 +115,12 @@ class Servers:
         if self.s3 is not None:
             seaweed.remove_sockets(self._numbers)
 
+    def revived(self, service: Service) -> Program:
+        """The program for a server that died: the same, as everybody knows its address."""
+        if service is self.postgres and self._cluster is not None:
+            self._cluster.disown_pid_file()
+        return service.program
+
     @staticmethod
     def _ports_of(service: Service) -> tuple[str, ...]:
         return seaweed.PORTS if service.name == "s3" else (service.name,)
@@ -118,6 +132,7 @@ class Servers:
     def _postgres_program(self) -> Program:
         if self._cluster is None:
             raise StackError("the cluster is not prepared")
+        self._cluster.disown_pid_file()
         return self._cluster.program(self._choose("postgres")["postgres"])
 
     def _valkey_program(self) -> Program:

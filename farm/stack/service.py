@@ -12,9 +12,6 @@ from farm.errors import StackError
 from farm.stack.accounts import Account
 from farm.stack.processes import Identity, end, spawn, tail
 
-ASK_EVERY = 0.02
-"""Seconds between two health checks while a program starts; the servers need half a second."""
-
 State = Literal["starting", "healthy", "restarting", "stopped"]
 
 
@@ -47,6 +44,8 @@ class Program:
     """Seconds it may take to leave after `ask`."""
     ask: signal.Signals = signal.SIGTERM
     account: Account | None = None
+    ask_every: float = 0.02
+    """Seconds between two health checks while it starts; the servers need half a second."""
 
 
 class Service:
@@ -110,8 +109,9 @@ class Service:
             self._turn("healthy")
         return True
 
-    def wait_healthy(self) -> None:
-        """Wait until it is healthy. Raises StackError with the end of its log if it dies or takes too long."""
+    def wait_healthy(self, check_stop: Callable[[], None] = lambda: None) -> None:
+        """Wait until it is healthy. Raises StackError with the end of its log if it dies or takes too long, and
+        whatever `check_stop`, called all the time, raises."""
         deadline = time.monotonic() + self.program.patience
         while not self.check():
             log = self.program.log
@@ -121,7 +121,8 @@ class Service:
                 raise StackError(
                     f"{self.name} was not healthy within {self.program.patience:.0f} s; {log} says:{tail(log)}"
                 )
-            time.sleep(ASK_EVERY)
+            check_stop()
+            time.sleep(self.program.ask_every)
 
     def start(self) -> None:
         """Start and wait until healthy; nothing is left running if that fails."""
@@ -132,10 +133,10 @@ class Service:
             self.stop()
             raise
 
-    def mark_restarting(self) -> None:
-        """Note that its process died and a new one will follow."""
+    def mark_dead(self, *, restarting: bool) -> None:
+        """Note that its process died, and whether a new one will follow."""
         self._identity = None
-        self._turn("restarting")
+        self._turn("restarting" if restarting else "stopped")
 
     def ask_to_stop(self) -> None:
         """Send the polite signal and return at once."""
