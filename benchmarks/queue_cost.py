@@ -130,10 +130,11 @@ def paused_in_front(farm: Farm, size: int) -> None:
 
 
 def after_churn(farm: Farm, size: int) -> None:
-    farm.submit(plain(size + READY))
-    done = 0
-    while done < size:
-        done += farm.micro_batch(limit=min(2_000, size - done))
+    total = min(size + READY, farm.settings.max_batch_jobs)
+    farm.submit(plain(total))
+    done, churned = 0, total - READY
+    while done < churned:
+        done += farm.micro_batch(limit=min(2_000, churned - done))
         farm.settle()
 
 

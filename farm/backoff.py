@@ -17,5 +17,5 @@ def backoff(failures: int, first: timedelta, longest: timedelta, random: Random)
     """
     if failures < 1:
         raise ValueError("failures counts from 1")
-    whole = min(first * 2 ** min(failures - 1, 32), longest)
+    whole = min(first * (1 << min(failures - 1, 32)), longest)
     return whole / 2 + whole / 2 * random.random()

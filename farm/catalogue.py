@@ -137,7 +137,7 @@ class Catalogue:
     def _uses(
         self, adapters: Sequence[tuple[str, float]], base: CheckpointView, problems: list[Problem]
     ) -> list[dict[str, Any]]:
-        uses = []
+        uses: list[dict[str, Any]] = []
         for index, (name, weight) in enumerate(adapters):
             adapter = self.adapters.get(name)
             where = f"adapters.{index}.name"
@@ -256,7 +256,7 @@ def _add(conn: Connection, store: ObjectStore, name: str, kind: str, found: Foun
     row = rows.insert(conn, name=name, kind=kind, found=found)
     if row is None:
         raise Conflict(f"the name {name} is taken; remove it first or choose another")
-    return row
+    return dict(row)
 
 
 def _unknown(kind: str, name: str, known: Mapping[str, Any] | Sequence[str]) -> str:

@@ -159,4 +159,4 @@ class Settings(BaseSettings):
 @lru_cache(maxsize=1)
 def settings() -> Settings:
     """The settings of this process, read once from the environment."""
-    return Settings()  # type: ignore[call-arg]  # required fields come from the environment
+    return Settings()
