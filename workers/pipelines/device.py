@@ -1,0 +1,89 @@
+"""Which device and number type this worker uses, and how much it may keep there."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+
+import torch
+
+from farm.settings import Settings
+
+CPU_BUDGET = 4 * 1024**3
+GPU_SHARE = 0.8
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Device:
+    """A torch device, the number type for weights, and the bytes of weights that may stay there."""
+
+    place: torch.device
+    dtype: torch.dtype
+    budget: int
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.place.type == "cpu"
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def vae_dtype(self) -> torch.dtype:
+        """For a VAE that overflows in float16."""
+        bfloat = self.place.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if bfloat else torch.float32
+
+    def free(self) -> None:
+        """Give unused memory back. Call it outside `except`, where the traceback still holds the tensors."""
+        gc.collect()
+        if self.place.type == "cuda":
+            torch.cuda.empty_cache()
+        elif self.place.type == "mps":
+            torch.mps.empty_cache()
+
+    @property
+    def decode_pixels(self) -> int:
+        """Pixels decoded in one go. A CPU is fastest while the activations stay in its caches; a GPU wants them few
+        enough that the VAE at 1024x1024 does not need more memory than the UNet."""
+        return 2 * 128 * 128 if self.on_cpu else 4 * 1024 * 1024
+
+
+def choose(settings: Settings) -> Device:
+    """The device the settings ask for. Raises ValueError when it is not there."""
+    name = settings.device
+    if name == "auto":
+        name = "cuda:0" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"FARM_DEVICE={settings.device}: this machine has {torch.cuda.device_count()} CUDA devices")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("FARM_DEVICE=mps: this machine has no Metal device")
+    if device.type not in {"cpu", "cuda", "mps"}:
+        raise ValueError(f"FARM_DEVICE={settings.device}: must be auto, cpu, cuda:N or mps")
+    if settings.threads and device.type == "cpu":
+        torch.set_num_threads(settings.threads)
+    dtype = settings.dtype if settings.dtype != "auto" else ("float32" if device.type == "cpu" else "float16")
+    return Device(device, DTYPES[dtype], settings.device_budget_bytes or _budget(device))
+
+
+def _budget(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory * GPU_SHARE)
+    return CPU_BUDGET
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this error says that the device (or the host) has no room; torch has no one type for it."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
+
+
+def is_fatal(error: BaseException) -> bool:
+    """Whether this process cannot use its device any more, however often it tries."""
+    accelerator = getattr(torch, "AcceleratorError", None)
+    return (accelerator is not None and isinstance(error, accelerator)) or "CUDA error" in str(error)

@@ -1,0 +1,243 @@
+"""A checkpoint: from a diffusers folder to a pipeline in host memory. Safetensors only, no code from the folder."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import orjson
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.utils import constants
+from torch import Tensor, nn
+
+from farm.errors import InvalidModel
+from workers.pipelines.merge import Merger
+from workers.pipelines.prompts import PromptCache
+from workers.pipelines.safefile import read_header
+from workers.pipelines.targets import target_modules
+
+if constants.DIFFUSERS_DISABLE_REMOTE_CODE is not True:
+    raise RuntimeError("DIFFUSERS_DISABLE_REMOTE_CODE must be 1 before diffusers is imported")
+
+Family = Literal["sd", "sdxl"]
+
+FAMILIES: dict[str, tuple[Family, Any]] = {
+    "StableDiffusionPipeline": ("sd", StableDiffusionPipeline),
+    "StableDiffusionXLPipeline": ("sdxl", StableDiffusionXLPipeline),
+}
+"""What model_index.json may name."""
+
+PARTS: dict[str, frozenset[str]] = {
+    "unet": frozenset({"UNet2DConditionModel"}),
+    "vae": frozenset({"AutoencoderKL", "AutoencoderTiny"}),
+    "text_encoder": frozenset({"CLIPTextModel"}),
+    "text_encoder_2": frozenset({"CLIPTextModelWithProjection"}),
+    "tokenizer": frozenset({"CLIPTokenizer", "CLIPTokenizerFast"}),
+    "tokenizer_2": frozenset({"CLIPTokenizer", "CLIPTokenizerFast"}),
+}
+"""The parts this engine uses, and the classes it knows for each."""
+
+WITH_WEIGHTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+UNUSED = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
+VAES = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
+
+
+class Encoder(NamedTuple):
+    """A tokenizer with the text encoder it belongs to."""
+
+    tokenizer: Any
+    model: Any
+
+
+@dataclass(eq=False)
+class Pipeline:
+    """A loaded checkpoint and the state of its live weights.
+
+    `structure` is equal for checkpoints that take the same adapters; `load_seconds` is what reading it took.
+    """
+
+    checkpoint: str
+    family: Family
+    unet: Any
+    encoders: tuple[Encoder, ...]
+    vae: Any
+    scheduler_config: dict[str, Any]
+    zero_empty_negative: bool
+    load_seconds: float
+    vaes: dict[str, Any] = field(default_factory=dict)
+    merger: Merger = field(init=False)
+    structure: str = field(init=False)
+    prompts: PromptCache = field(default_factory=PromptCache)
+
+    def __post_init__(self) -> None:
+        parts = {"unet": self.unet}
+        for name, encoder in zip(("text_encoder", "text_encoder_2"), self.encoders, strict=False):
+            parts[name] = encoder.model
+        self.merger = Merger(target_modules(parts))
+        self.structure = hashlib.sha256(repr(sorted(self.merger.shapes.items())).encode()).hexdigest()
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Every module with weights."""
+        yield self.unet
+        yield self.vae
+        yield from (encoder.model for encoder in self.encoders)
+        yield from self.vaes.values()
+
+    def move(self, device: torch.device) -> None:
+        """Everything of this pipeline to a device, merged weights and pristine copies alike."""
+        for module in self.modules():
+            module.to(device)
+        self.merger.move(device)
+        self.prompts.clear()
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all weights, buffers and pristine copies, each storage counted once."""
+        return measured(tensor for module in self.modules() for tensor in _tensors(module)) + self.merger.bytes
+
+
+def measured(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages behind these tensors, each counted once."""
+    storages = {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def check_folder(folder: Path) -> Family:
+    """Refuse a folder this engine must not or cannot load, before a single weight is read. Raises InvalidModel."""
+    index = _json(folder, "model_index.json")
+    known = FAMILIES.get(str(index.get("_class_name")))
+    if known is None:
+        raise InvalidModel(
+            f"{folder.name}/model_index.json: _class_name {index.get('_class_name')!r} is not one of {sorted(FAMILIES)}"
+        )
+    family = known[0]
+    wanted = {"unet", "vae", "text_encoder", "tokenizer"}
+    if family == "sdxl":
+        wanted |= {"text_encoder_2", "tokenizer_2"}
+    for part in sorted(wanted):
+        named = index.get(part)
+        if not isinstance(named, list) or len(named) != 2 or named[1] not in PARTS[part]:
+            raise InvalidModel(f"{folder.name}/model_index.json: {part}: {named!r} is not one of {sorted(PARTS[part])}")
+        if named[0] not in {"diffusers", "transformers"}:
+            raise InvalidModel(f"{folder.name}/model_index.json: {part}: code from {named[0]!r} is never loaded")
+    for part in WITH_WEIGHTS:
+        if part in wanted:
+            check_weights(folder / part)
+    return family
+
+
+def check_weights(folder: Path) -> int:
+    """Bytes of the safetensors files of one part, each header checked. Raises InvalidModel where there are none."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise InvalidModel(f"{folder.parent.name}/{folder.name}: no .safetensors file (other formats are not read)")
+    for file in files:
+        read_header(file)
+    return sum(file.stat().st_size for file in files)
+
+
+def estimate(folder: Path) -> int:
+    """Bytes the weights of a checkpoint (or of a single VAE) take on disk: what loading it will need at most."""
+    return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+
+
+def load(folder: Path, checkpoint: str, dtype: torch.dtype, vae_dtype: torch.dtype) -> Pipeline:
+    """Read a checkpoint into host memory as `dtype`; its VAE as `vae_dtype` where it overflows in float16.
+
+    Raises InvalidModel, naming the file, when the folder cannot be used.
+    """
+    family = check_folder(folder)
+    started = time.perf_counter()
+    kind = FAMILIES[str(_json(folder, "model_index.json")["_class_name"])][1]
+    options: dict[str, Any] = dict(UNUSED)
+    if family == "sdxl":
+        options = {"image_encoder": None, "feature_extractor": None, "add_watermarker": False}
+    else:
+        options["requires_safety_checker"] = False
+    if variant := _variant(folder):
+        options["variant"] = variant
+    try:
+        made = kind.from_pretrained(
+            str(folder),
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            low_cpu_mem_usage=True,
+            **options,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise InvalidModel(f"{folder.name}: cannot be loaded: {_first_line(error)}") from error
+    encoders = [Encoder(made.tokenizer, made.text_encoder)]
+    if family == "sdxl":
+        encoders.append(Encoder(made.tokenizer_2, made.text_encoder_2))
+    for encoder in encoders:
+        encoder.model.requires_grad_(False).eval()
+    return Pipeline(
+        checkpoint=checkpoint,
+        family=family,
+        unet=_ready(made.unet),
+        encoders=tuple(encoders),
+        vae=_ready(_safe_vae(made.vae, vae_dtype)),
+        scheduler_config=dict(made.scheduler.config),
+        zero_empty_negative=bool(family == "sdxl" and made.config.force_zeros_for_empty_prompt),
+        load_seconds=time.perf_counter() - started,
+    )
+
+
+def load_vae(folder: Path, dtype: torch.dtype, vae_dtype: torch.dtype) -> Any:
+    """Read a VAE that replaces a checkpoint's own. Raises InvalidModel."""
+    check_weights(folder)
+    name = str(_json(folder, "config.json").get("_class_name"))
+    if name not in VAES:
+        raise InvalidModel(f"{folder.name}/config.json: _class_name {name!r} is not one of {sorted(VAES)}")
+    try:
+        vae = VAES[name].from_pretrained(str(folder), dtype=dtype, use_safetensors=True, local_files_only=True)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise InvalidModel(f"{folder.name}: cannot be loaded: {_first_line(error)}") from error
+    return _ready(_safe_vae(vae, vae_dtype))
+
+
+def _ready(module: Any) -> Any:
+    """Channels last: a fifth faster for the VAE on a CPU, what half precision wants on a GPU, never slower."""
+    return module.requires_grad_(False).eval().to(memory_format=torch.channels_last)
+
+
+def _safe_vae(vae: Any, vae_dtype: torch.dtype) -> Any:
+    """The original SDXL VAE overflows in float16 and says so by `force_upcast`."""
+    upcast = vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
+    return vae.to(vae_dtype) if upcast else vae
+
+
+def _variant(folder: Path) -> str | None:
+    """`fp16` when the folder holds half-precision files only."""
+    plain = list((folder / "unet").glob("diffusion_pytorch_model*.safetensors"))
+    return "fp16" if plain and all(".fp16" in file.name for file in plain) else None
+
+
+def _json(folder: Path, name: str) -> dict[str, Any]:
+    try:
+        body = orjson.loads((folder / name).read_bytes())
+    except FileNotFoundError as error:
+        raise InvalidModel(f"{folder.name}: {name} is missing; a checkpoint is a diffusers folder") from error
+    except (OSError, orjson.JSONDecodeError) as error:
+        raise InvalidModel(f"{folder.name}/{name}: not readable JSON") from error
+    if not isinstance(body, dict):
+        raise InvalidModel(f"{folder.name}/{name}: not a JSON object")
+    return body
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

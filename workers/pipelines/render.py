@@ -1,0 +1,148 @@
+"""One micro-batch: prompts and seeds in, pictures out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from farm.errors import InvalidRequest, RenderFailed
+from farm.recipe import Recipe
+from workers.pipelines.device import Device
+from workers.pipelines.load import Pipeline
+from workers.pipelines.prompts import embed, negatives
+from workers.pipelines.sampling import Noise, denoise, sampler
+
+Picture = NDArray[np.uint8]
+"""Height x width x 3, 0..255."""
+
+OnStep = Callable[[int, int], Collection[int]]
+"""Called after each denoising step with (steps done, steps in all); answers the indices to drop."""
+
+
+@torch.inference_mode()
+def render(
+    pipeline: Pipeline, vae: Any, recipes: Sequence[Recipe], on_step: OnStep, device: Device, text_adapters: object
+) -> list[Picture | None]:
+    """Render recipes that share a lane and an adapter set, with the weights as they are now.
+
+    Answers one picture for each recipe, None for the dropped ones: their rows are computed to the end, because a shape
+    that changes costs more than it saves, but not decoded. Raises InvalidRequest for what this pipeline cannot do and
+    RenderFailed when a picture is not a number.
+    """
+    first = recipes[0]
+    factor = vae_factor(vae)
+    if first.width % factor or first.height % factor:
+        raise InvalidRequest(f"{first.width}x{first.height}: width and height must be multiples of {factor}")
+    sampling = sampler(first.scheduler, pipeline.scheduler_config, first.steps, device.place)
+    shape = (int(pipeline.unet.config.in_channels), first.height // factor, first.width // factor)
+    dropped: set[int] = set()
+
+    def after_step(done: int) -> bool:
+        dropped.update(on_step(done, first.steps))
+        return len(dropped.intersection(range(len(recipes)))) < len(recipes)
+
+    noise = Noise([recipe.seed for recipe in recipes], shape, device.place)
+    latents = denoise(sampling, _predictor(pipeline, recipes, text_adapters), noise, after_step)
+    kept = [index for index in range(len(recipes)) if index not in dropped]
+    pictures: list[Picture | None] = [None] * len(recipes)
+    if latents is None or not kept:
+        return pictures
+    if len(kept) < len(recipes):
+        latents = latents[torch.tensor(kept, device=latents.device)]
+    for index, picture in zip(kept, decode(vae, latents, device), strict=True):
+        pictures[index] = picture
+    return pictures
+
+
+def vae_factor(vae: Any) -> int:
+    """Pixels along one side of a latent."""
+    channels = getattr(vae.config, "block_out_channels", None) or vae.config.encoder_block_out_channels
+    return int(2 ** (len(channels) - 1))
+
+
+def _predictor(
+    pipeline: Pipeline, recipes: Sequence[Recipe], text_adapters: object
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """The UNet with everything but latents and timestep filled in; guidance only where it is above 1."""
+    first, unet = recipes[0], pipeline.unet
+    embedded = embed(pipeline, [recipe.prompt for recipe in recipes], text_adapters)
+    # UNets distilled with the guidance as an input (full LCM models) are told it instead of being run twice.
+    told = unet.config.time_cond_proj_dim
+    guided = first.guidance_scale > 1 and told is None
+    rows = embedded
+    if guided:
+        rows = negatives(pipeline, [recipe.negative_prompt for recipe in recipes], text_adapters) + embedded
+    tokens = torch.cat([row.tokens for row in rows])
+    options: dict[str, Any] = {}
+    if pipeline.family == "sdxl":
+        sizes = (first.height, first.width, 0, 0, first.height, first.width)
+        options["added_cond_kwargs"] = {
+            "text_embeds": torch.cat([row.pooled for row in rows if row.pooled is not None]),
+            "time_ids": torch.tensor([sizes], dtype=unet.dtype).repeat(len(rows), 1).to(tokens.device),
+        }
+    if told is not None:
+        scale = torch.full((len(rows),), first.guidance_scale - 1)
+        options["timestep_cond"] = guidance_embedding(scale, told).to(tokens.device, unet.dtype)
+
+    def predict(latents: Tensor, time: Tensor) -> Tensor:
+        seen = torch.cat([latents, latents]) if guided else latents
+        seen = seen.to(unet.dtype).contiguous(memory_format=torch.channels_last)
+        answer: Tensor = unet(seen, time, encoder_hidden_states=tokens, return_dict=False, **options)[0]
+        answer = answer.float()
+        if not guided:
+            return answer
+        without, asked = answer.chunk(2)
+        return without + first.guidance_scale * (asked - without)
+
+    return predict
+
+
+def guidance_embedding(scale: Tensor, width: int) -> Tensor:
+    """Guidance minus one, (rows,), as the sinusoidal embedding (rows, width) that full LCM UNets were trained with."""
+    half = width // 2
+    rates = torch.exp(torch.arange(half, dtype=torch.float32) * -(torch.log(torch.tensor(10000.0)) / (half - 1)))
+    angles = (scale * 1000.0)[:, None] * rates[None, :]
+    made = torch.cat([angles.sin(), angles.cos()], dim=1)
+    return torch.nn.functional.pad(made, (0, width % 2))
+
+
+def decode(vae: Any, latents: Tensor, device: Device) -> list[Picture]:
+    """Latents (n, channels, height, width) to pictures, a few at a time, with one copy to the host.
+
+    Rounded on the device: a float copy would be four times as large and the host four times as busy.
+    """
+    latents = unscaled(vae, latents)
+    factor = vae_factor(vae)
+    pixels = latents.shape[-1] * latents.shape[-2] * factor**2
+    ready = latents.to(vae.dtype).contiguous(memory_format=torch.channels_last)
+    chunks = torch.split(ready, max(1, device.decode_pixels // pixels))
+    made: list[Tensor] = []
+    sound: list[Tensor] = []
+    for chunk in chunks:
+        image = vae.decode(chunk, return_dict=False)[0].float()
+        # A sum is NaN or infinite exactly when a picture is spoilt, and cheaper than looking at every pixel.
+        sound.append(image.sum(dim=(1, 2, 3)))
+        image = image.mul(127.5).add_(127.5).round_().clamp_(0, 255)
+        made.append(image.permute(0, 2, 3, 1).to(torch.uint8))
+    pictures = torch.cat(made).cpu().numpy()
+    broken = (~torch.isfinite(torch.cat(sound))).nonzero().flatten().tolist()
+    if broken:
+        raise RenderFailed("the picture is not a number; try another number type or VAE", rows=broken)
+    return [np.ascontiguousarray(picture) for picture in pictures]
+
+
+def unscaled(vae: Any, latents: Tensor) -> Tensor:
+    """Latents as the VAE wants them, from those the UNet works on."""
+    config = vae.config
+    mean, spread = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+    if mean is not None and spread is not None:
+        shape = (1, -1, 1, 1)
+        middle = torch.tensor(mean, device=latents.device, dtype=latents.dtype).view(shape)
+        width = torch.tensor(spread, device=latents.device, dtype=latents.dtype).view(shape)
+        return latents * width / float(config.scaling_factor) + middle
+    return latents / float(config.scaling_factor)
