@@ -11,6 +11,7 @@ from farm.jobs.changing import (
     retry_job,
     set_priority,
 )
+from farm.jobs.presence import goodbye, hello, tell
 from farm.jobs.reading import events, get_batch, get_job, image_of, list_batches, list_jobs, queue, workers
 from farm.jobs.running import (
     Claimed,
@@ -24,7 +25,6 @@ from farm.jobs.running import (
     rescue,
 )
 from farm.jobs.submitting import idempotent, remember, submit
-from farm.jobs.workers import goodbye, hello, tell
 from farm.scheduling import Warm
 
 __all__ = [
