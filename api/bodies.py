@@ -1,0 +1,116 @@
+"""Reading request bodies: JSON whole and checked, NDJSON spooled to disk in constant memory."""
+
+import hashlib
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import IO, Annotated, Any, TypeVar
+
+import anyio.to_thread
+import orjson
+from fastapi import Depends, Request
+from pydantic import BaseModel, ValidationError
+
+from api.errors import problems_of
+from api.middleware import media_type
+from farm.errors import InvalidRequest, Unavailable, UnsupportedMedia
+
+JSON = "application/json"
+PIECE_BYTES = 1024 * 1024
+"""An upload is written in pieces of about this size, each by a thread."""
+LINE_BYTES = 1024 * 1024
+"""Longest NDJSON line; a job of any sensible size is a hundredth of it."""
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def refuse_encoding(request: Request) -> None:
+    """Raises UnsupportedMedia for a compressed body: its real size is not known before it is read."""
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in {"", "identity"}:
+        raise UnsupportedMedia(f"send the body as it is, not with Content-Encoding: {encoding}")
+
+
+async def json_bytes(request: Request) -> bytes:
+    """The body of a request that announces JSON, not parsed yet. Raises UnsupportedMedia."""
+    found = media_type(request.headers)
+    if found != JSON:
+        raise UnsupportedMedia(f"send {JSON}, not {found or 'a body without a content type'}")
+    refuse_encoding(request)
+    return await request.body()
+
+
+JsonBytes = Annotated[bytes, Depends(json_bytes)]
+
+
+def parse(body: bytes) -> dict[str, Any]:
+    """The JSON object in a body; numbers that JSON does not have (NaN, Infinity) are refused. Raises InvalidRequest."""
+    try:
+        document = orjson.loads(body)
+    except ValueError as error:
+        raise InvalidRequest("the body is not JSON", problems=[{"field": "", "problem": str(error)}]) from None
+    if not isinstance(document, dict):
+        problem = f"must be a JSON object, not {_kind(document)}"
+        raise InvalidRequest("the body is not a JSON object", problems=[{"field": "", "problem": problem}])
+    return document
+
+
+def read(body: bytes, model: type[M]) -> M:
+    """The body as this model. Raises InvalidRequest with every field that is wrong."""
+    try:
+        return model.model_validate_json(orjson.dumps(parse(body)))
+    except ValidationError as error:
+        raise InvalidRequest("the body is not valid", problems=problems_of(error.errors())) from None
+
+
+@asynccontextmanager
+async def spooled(request: Request, folder: Path | None) -> AsyncIterator[tuple[IO[bytes], bytes, int]]:
+    """The body as a file on disk, rewound; its sha256; its bytes. Nothing is locked or held open while it arrives.
+
+    Raises Unavailable when the disk has no room for it.
+    """
+    digest = hashlib.sha256()
+    try:
+        file = tempfile.TemporaryFile(dir=folder, prefix="farm-upload-")  # noqa: SIM115  # closed below
+        try:
+            waiting = bytearray()
+
+            def write() -> None:
+                digest.update(waiting)
+                file.write(waiting)
+                waiting.clear()
+
+            async for chunk in request.stream():
+                waiting += chunk
+                if len(waiting) >= PIECE_BYTES:
+                    await anyio.to_thread.run_sync(write)
+            await anyio.to_thread.run_sync(write)
+            size = file.tell()
+            file.seek(0)
+        except BaseException:
+            file.close()
+            raise
+    except OSError as error:
+        raise Unavailable(f"the upload could not be spooled to disk: {error}") from error
+    with file:
+        yield file, digest.digest(), size
+
+
+def lines(file: IO[bytes]) -> Iterator[bytes]:
+    """The lines of an NDJSON file, blank ones too, so that numbers fit. Raises InvalidRequest for an endless line."""
+    number = 0
+    while line := file.readline(LINE_BYTES + 1):
+        number += 1
+        if len(line) > LINE_BYTES:
+            raise InvalidRequest(
+                "a line is too long; is this newline-delimited JSON?",
+                problems=[{"line": number, "field": "", "problem": f"must be at most {LINE_BYTES} bytes"}],
+            )
+        yield line
+
+
+def _kind(document: object) -> str:
+    return {list: "an array", str: "a string", type(None): "null", bool: "a truth value"}.get(
+        type(document), "a number"
+    )

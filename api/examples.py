@@ -1,0 +1,42 @@
+"""Bodies as people would send them, for the OpenAPI document; a test sends every one."""
+
+from typing import Any
+
+PROMPTS = (
+    "A single split crack on a concrete wall",
+    "Sunlight shining on an outdoor concrete wall with split cracks",
+    "Vertically split cracks on an old yellow painted concrete wall",
+    "Water draining down next to a cracked concrete wall",
+)
+
+JOB: dict[str, Any] = {"prompt": PROMPTS[0]}
+
+FULL_JOB: dict[str, Any] = {
+    "prompt": PROMPTS[1],
+    "negative_prompt": "windows",
+    "checkpoint": "crack-tiny",
+    "adapters": [],
+    "acceleration": "lcm-lora",
+    "width": 128,
+    "height": 128,
+    "steps": 4,
+    "guidance_scale": 1.0,
+    "scheduler": "lcm",
+    "seed": 20250101,
+    "priority": 0,
+    "labels": {"site": "bridge-7"},
+    "run_at": "2025-01-01T08:00:00Z",
+    "metadata": True,
+}
+
+JOBS_WITH_COUNT: dict[str, Any] = {"prompt": PROMPTS[2], "seed": 7, "count": 4}
+
+BATCH: dict[str, Any] = {
+    "name": "walls",
+    "defaults": {"steps": 4, "labels": {"site": "bridge-7"}},
+    "jobs": [{"prompt": PROMPTS[3]}, {"prompt": PROMPTS[0], "seed": 7}],
+}
+
+NDJSON = '{"prompt": "A single split crack on a concrete wall"}\n{"prompt": "A brick wall", "steps": 8}\n'
+
+KEY: dict[str, Any] = {"name": "importer", "project": "default", "scopes": ["jobs:read", "jobs:write"]}

@@ -1,0 +1,136 @@
+"""Around every request, as plain ASGI: its id and log line, its API key, the size of its body."""
+
+import re
+import time
+from collections.abc import MutableMapping
+
+import structlog
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from api.auth import key_of
+from api.deps import farm_of
+from api.errors import farm_problem, problem, unexpected_problem
+from farm.errors import FarmError, TooLarge
+from farm.ids import new_id
+
+API = "/api/v1"
+OPEN = frozenset({f"{API}/health/live", f"{API}/health/ready"})
+"""The only paths that answer without a key. Unknown paths do not: nothing is told apart from outside."""
+
+NDJSON = frozenset({"application/x-ndjson", "application/ndjson", "application/jsonl"})
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+log = structlog.get_logger("api")
+
+
+def media_type(headers: Headers) -> str:
+    """The content type without its parameters, in lower case."""
+    return headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+class RequestLog:
+    """Gives every request an id, logs one line for it, and answers 500 for what nobody caught."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        asked = Headers(scope=scope).get("x-request-id", "")
+        request_id = scope["farm.request_id"] = asked if REQUEST_ID.fullmatch(asked) else new_id().hex
+        status = 0
+        began = time.perf_counter()
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message).append("X-Request-Id", request_id)
+            await send(message)
+
+        with structlog.contextvars.bound_contextvars(request_id=request_id):
+            try:
+                await self.app(scope, receive, answer)
+            except Exception:
+                log.exception("request crashed", method=scope["method"], path=scope["path"])
+                if status:
+                    raise
+                await unexpected_problem(scope)(scope, receive, answer)
+            finally:
+                self._line(scope, status, began)
+
+    @staticmethod
+    def _line(scope: MutableMapping[str, object], status: int, began: float) -> None:
+        # The query stays out: labels and prompts of a tenant are nobody's log.
+        say = log.debug if scope["path"] in OPEN else log.info
+        caller = scope.get("farm.caller")
+        say(
+            "request",
+            method=scope["method"],
+            path=scope["path"],
+            status=status,
+            milliseconds=round((time.perf_counter() - began) * 1000, 1),
+            project=getattr(caller, "project", None),
+        )
+
+
+class Authentication:
+    """Refuses requests without a valid key before anything of them is read, whatever path they name."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in OPEN:
+            await self.app(scope, receive, send)
+            return
+        farm = farm_of(scope)
+        try:
+            key = key_of(Headers(scope=scope))
+            scope["farm.caller"] = farm.keys.remembered(key) or await farm.waiting(lambda: farm.keys.look_up(key))
+        except FarmError as error:
+            await farm_problem(scope, error)(scope, receive, send)
+            return
+        await self.app(scope, receive, send)
+
+
+class BodyLimit:
+    """Refuses a body over the limit, by its header before it is read, or once the limit is passed while it streams."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        settings = farm_of(scope).settings
+        limit = settings.max_upload_bytes if media_type(headers) in NDJSON else settings.max_body_bytes
+        announced = headers.get("content-length", "0")
+        # Only plain digits: int() would also take signs, spaces and underscores.
+        if not (announced.isascii() and announced.isdigit()):
+            await problem(scope, "bad-request", "Content-Length is not a number")(scope, receive, send)
+            return
+        if len(announced) > 18 or int(announced) > limit:
+            await farm_problem(scope, _over(limit))(scope, receive, send)
+            return
+        received = 0
+
+        async def counted() -> Message:
+            nonlocal received
+            message = await receive()
+            if message["type"] == "http.request":
+                received += len(message.get("body", b""))
+                if received > limit:
+                    raise _over(limit)
+            return message
+
+        await self.app(scope, counted, send)
+
+
+def _over(limit: int) -> TooLarge:
+    return TooLarge(f"the request body is over the limit of {limit} bytes", limit=limit)

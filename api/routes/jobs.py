@@ -1,0 +1,95 @@
+"""One job: submit, look, cancel, retry, delete."""
+
+import hashlib
+from typing import Annotated
+from uuid import UUID
+
+from fastapi import APIRouter, Query, Request
+from starlette.responses import Response
+
+from api.bodies import JsonBytes, parse
+from api.deps import ConnDep, FarmDep, NoticesDep, ReaderDep, WriterDep
+from api.examples import FULL_JOB, JOB, JOBS_WITH_COUNT
+from api.openapi import body as documented
+from api.schemas import JobListing
+from api.submitting import IdempotencyKey, Moment, Once, Submission, only_job, store
+from farm import jobs
+from farm.errors import InvalidRequest, Problem
+from farm.submission import JobSpec
+from farm.views import BatchView, JobView, Page
+
+router = APIRouter(prefix="/jobs", tags=["jobs"])
+
+EXAMPLES = {"shortest": JOB, "everything": FULL_JOB, "four seeds": JOBS_WITH_COUNT}
+
+
+@router.post("", status_code=201, response_model=JobView | BatchView, openapi_extra=documented(JobSpec, EXAMPLES))
+def create_job(
+    request: Request,
+    caller: WriterDep,
+    body: JsonBytes,
+    farm: FarmDep,
+    notices: NoticesDep,
+    conn: ConnDep,
+    key: IdempotencyKey = None,
+) -> Response:
+    """Submit one job. With `count` over 1 it becomes that many jobs with rising seeds, and the answer is their batch.
+
+    201 means that it is stored: whatever happens to servers after that, it ends succeeded, failed or cancelled.
+    """
+    once = Once.of(request, caller.project_id, key, hashlib.sha256(body).digest())
+    if (before := once.answered(conn, farm)) is not None:
+        return before
+    spec = parse(body)
+    labels = spec.get("labels")
+    try:
+        checked = Moment.of(conn, farm).check(
+            Submission([spec], labels=labels if isinstance(labels, dict) else {}), farm
+        )
+    except InvalidRequest as error:
+        problems = [Problem(field=found["field"], problem=found["problem"]) for found in error.problems]
+        raise InvalidRequest("the job is not valid", problems=problems) from None
+    with checked as prepared:
+        batch = store(conn, prepared, farm, caller.project_id)
+        single = prepared.jobs == 1
+    notices.work = True
+    return once.created(conn, only_job(conn, batch, caller.project_id) if single else batch)
+
+
+@router.get("")
+def list_jobs(caller: ReaderDep, conn: ConnDep, wanted: Annotated[JobListing, Query()]) -> Page[JobView]:
+    """The project's jobs, newest first."""
+    return jobs.list_jobs(
+        conn,
+        caller.project_id,
+        states=wanted.state,
+        labels=wanted.labels,
+        cursor=wanted.cursor,
+        limit=wanted.limit,
+    )
+
+
+@router.get("/{job_id}")
+def get_job(job_id: UUID, caller: ReaderDep, conn: ConnDep) -> JobView:
+    """One job."""
+    return jobs.get_job(conn, caller.project_id, job_id)
+
+
+@router.delete("/{job_id}", status_code=204)
+def delete_job(job_id: UUID, caller: WriterDep, farm: FarmDep, conn: ConnDep) -> None:
+    """Remove a job and its image. A running job is refused: cancel it first."""
+    jobs.delete_job(conn, caller.project_id, job_id, keep=farm.settings.keep_deleted)
+
+
+@router.post("/{job_id}/cancel")
+def cancel_job(job_id: UUID, caller: WriterDep, notices: NoticesDep, conn: ConnDep) -> JobView:
+    """Cancel a job: a queued one at once, a running one at its next denoising step. Twice changes nothing."""
+    notices.cancel = True
+    return jobs.cancel_job(conn, caller.project_id, job_id)
+
+
+@router.post("/{job_id}/retry")
+def retry_job(job_id: UUID, caller: WriterDep, notices: NoticesDep, conn: ConnDep) -> JobView:
+    """Put a failed or cancelled job back in the queue."""
+    notices.work = True
+    return jobs.retry_job(conn, caller.project_id, job_id)

@@ -1,0 +1,151 @@
+"""The shapes that neither `farm.views` nor `farm.submission` holds: small bodies, query parameters, service answers."""
+
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, field_validator
+
+from farm.errors import InvalidRequest
+from farm.states import JobState
+from farm.submission import MAX_LABELS, Label, Name
+
+Text = Annotated[str, Field(max_length=200, pattern=r"^[^\x00]*$")]
+"""A short text; Postgres stores every character but NUL."""
+
+Labels = Annotated[dict[Annotated[Name, Field(max_length=100)], Label], Field(max_length=MAX_LABELS)]
+Scope = Literal["jobs:read", "jobs:write", "admin"]
+
+
+class Body(BaseModel):
+    """Bodies say what they mean: unknown fields and wrong types are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class BatchBody(Body):
+    """Many jobs. `defaults` holds any field of a job for those that do not say otherwise. Batch `labels` are the
+    defaults' labels unless given."""
+
+    name: Text = ""
+    labels: Labels | None = None
+    defaults: dict[str, Any] = {}
+    jobs: Annotated[list[dict[str, Any]], Field(min_length=1)]
+
+    @property
+    def batch_labels(self) -> dict[str, str]:
+        """The batch's own labels. Defaults that hold no labels worth the name are refused with the jobs."""
+        if self.labels is not None:
+            return self.labels
+        shared = self.defaults.get("labels")
+        return shared if isinstance(shared, dict) else {}
+
+
+class PriorityBody(Body):
+    """A batch's new priority: higher goes first."""
+
+    priority: Annotated[int, Field(ge=-100, le=100)]
+
+
+class KeyBody(Body):
+    """A key to make. Without a project it belongs to the project of the key that asks for it."""
+
+    name: Annotated[Text, Field(min_length=1)]
+    project: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")] | None = None
+    scopes: Annotated[list[Scope], Field(min_length=1)] = ["jobs:read", "jobs:write"]
+    expires_at: AwareDatetime | None = None
+
+    @field_validator("expires_at")
+    @classmethod
+    def _ahead(cls, value: datetime | None) -> datetime | None:
+        if value is not None and value <= datetime.now(tz=value.tzinfo):
+            raise ValueError("must lie in the future")
+        return value
+
+
+class Listing(BaseModel):
+    """What every list understands."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    label: list[Annotated[str, Field(pattern=r"^[^=\x00]+=[^\x00]*$")]] = Field(
+        [], description="Only what carries this label, as `key=value`; may be repeated.", examples=[["site=bridge-7"]]
+    )
+    cursor: Annotated[str, Field(min_length=1, max_length=500)] | None = Field(
+        None, description="`next_cursor` of the page before."
+    )
+    limit: int = Field(50, ge=1, le=500, description="Most items on the page.")
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """The labels asked for. Raises InvalidRequest when one key is asked for with two values."""
+        pairs = [entry.partition("=")[::2] for entry in self.label]
+        labels = dict(pairs)
+        if len(set(pairs)) != len(labels):
+            problem = "a label has one value, so nothing can carry two"
+            raise InvalidRequest("the request is not valid", problems=[{"field": "label", "problem": problem}])
+        return labels
+
+
+class JobListing(Listing):
+    """Which jobs to list."""
+
+    state: list[JobState] = Field([], description="Only jobs in this state; may be repeated.")
+
+
+class BatchListing(Listing):
+    """Which batches to list."""
+
+    state: Literal["active", "done", "paused"] | None = Field(None, description="Only batches in this state.")
+
+
+class Link(BaseModel):
+    """How to answer for a picture."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    redirect: bool = Field(True, description="`false` answers the address as JSON instead of redirecting to it.")
+
+
+class Version(BaseModel):
+    """What is running."""
+
+    version: str
+    schema_version: str
+
+
+class Alive(BaseModel):
+    """The process answers."""
+
+    status: Literal["alive"] = "alive"
+
+
+class Readiness(BaseModel):
+    """Whether requests can be served: Postgres (with this version's schema) and S3 must answer. Without Redis the farm
+    is slower and still right, so it is only reported."""
+
+    status: Literal["ready", "not ready"]
+    postgres: Literal["ok", "down", "other schema"]
+    s3: Literal["ok", "down"]
+    redis: Literal["ok", "down"]
+
+
+class FieldProblem(BaseModel):
+    """One thing wrong with a request."""
+
+    line: int | None = Field(None, description="Line of an NDJSON body, from 1.")
+    field: str
+    problem: str
+
+
+class ProblemDocument(BaseModel):
+    """RFC 9457. Programs test `code`; people read `detail`."""
+
+    type: str = Field(examples=["urn:lcm-farm:problem:not-found"])
+    title: str = Field(examples=["Not Found"])
+    status: int = Field(examples=[404])
+    detail: str = Field(examples=["there is no such job in your project"])
+    instance: str = Field(examples=["/api/v1/jobs/0193f0c2-0000-7000-8000-000000000000"])
+    code: str = Field(examples=["not-found"])
+    retryable: bool = Field(description="The same request can succeed later.")
+    request_id: str = Field(description="The same as the header X-Request-Id; the farm's log has it too.")
+    problems: list[FieldProblem] | None = Field(None, description="What is wrong with which field; the first hundred.")
