@@ -1,0 +1,168 @@
+"""The trainers at toy sizes: the loss falls, a resumed run equals one that never stopped."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import LCMScheduler, StableDiffusionPipeline
+from torch import Tensor, nn
+from transformers import CLIPTokenizer
+
+from farm.painter import caption, sample_scene
+from workers.training import autoencoder, diffusion, distill, tokens
+from workers.training.errors import TrainingError
+from workers.training.export import export_lora, export_pipeline
+from workers.training.loop import Plan, load, train
+from workers.training.pool import open_pool
+
+SIZE = diffusion.Size(channels=(16, 16, 32), heads=2, text_width=16, text_layers=1, latent=4, grid=4)
+
+
+def hush(_: str) -> None:
+    """Say nothing."""
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> CLIPTokenizer:
+    rng = np.random.default_rng(0)
+    texts = [caption(sample_scene(rng), rng) for _ in range(300)]
+    return tokens.build(texts, tmp_path_factory.mktemp("tokenizer"), merges=60)
+
+
+def words(chosen: np.ndarray, rng: np.random.Generator) -> list[str]:
+    return [caption(sample_scene(np.random.default_rng(int(i))), rng) for i in chosen]
+
+
+def latents(count: int = 32) -> np.ndarray:
+    return np.random.default_rng(1).standard_normal((count, 4, 4, 4)).astype(np.float16)
+
+
+def fit_base(path: Path, tokenizer: CLIPTokenizer, steps: int, **more: Any) -> Any:
+    settings: dict[str, Any] = {"steps": 8, "rate": 1e-3, "seed": 4, "warmup": 2, **more}
+    plan = Plan(**settings)
+    if steps < plan.steps:
+        plan.minutes = 0 if steps == 0 else plan.minutes
+    return diffusion.fit(latents(), words, tokenizer, size=SIZE, plan=plan, checkpoint=path, batch=4, say=hush)
+
+
+def test_the_autoencoder_learns(tmp_path: Path) -> None:
+    pool = open_pool(tmp_path, 8, 64, seed=1)
+    lines: list[str] = []
+    plan = Plan(40, 2e-3, seed=1, warmup=5, say_every=10)
+    path = tmp_path / "autoencoder.pt"
+    model = autoencoder.fit(pool, plan, path, channels=(8, 8, 8, 16), latent=4, batch=4, side=32, say=lines.append)
+    losses = [float(line.split("loss ")[1].split()[0]) for line in lines]
+    assert losses[-1] < losses[0]
+    made = model.encode(autoencoder.to_tensor(pool.pixels[:, :, :, :3])).latent_dist.mean
+    assert made.shape == (8, 4, 8, 8)
+    assert 0.3 < float(made.detach().std() * model.config.scaling_factor) < 3.0
+
+
+def test_a_resumed_run_equals_one_that_never_stopped(
+    tmp_path: Path, tokenizer: CLIPTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight, _ = fit_base(tmp_path / "straight.pt", tokenizer, 8)
+
+    class Killed(Exception):
+        pass
+
+    real, calls = diffusion.batch_of, 0
+
+    def dies_at_the_sixth(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 6:
+            raise Killed
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(diffusion, "batch_of", dies_at_the_sixth)
+        with pytest.raises(Killed):
+            fit_base(tmp_path / "resumed.pt", tokenizer, 8, save_every=3)
+    assert load(tmp_path / "resumed.pt")["step"] == 3
+    resumed, _ = fit_base(tmp_path / "resumed.pt", tokenizer, 8)
+    for name, value in straight.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_nan_is_refused_and_the_last_checkpoint_kept(tmp_path: Path) -> None:
+    model, path = nn.Linear(2, 1), tmp_path / "linear.pt"
+
+    def step(number: int, rng: np.random.Generator) -> Tensor:
+        poison = float("nan") if number == 5 else 1.0
+        return model(torch.ones(1, 2)).square().mean() * poison
+
+    with pytest.raises(TrainingError, match="loss is nan at step 5"):
+        train(step, {"model": model}, Plan(10, 1e-2, save_every=2), path, say=hush)
+    kept = load(path)
+    assert kept["step"] == 4
+    assert all(v.isfinite().all() for v in kept["modules"]["model"].values())
+
+
+def test_bad_input_ends_in_a_clear_error(tmp_path: Path, tokenizer: CLIPTokenizer) -> None:
+    with pytest.raises(TrainingError, match="at least one picture"):
+        open_pool(tmp_path, 0, 64, seed=1)
+    rng = np.random.default_rng(0)
+    with pytest.raises(TrainingError, match="no latents"):
+        diffusion.batch_of(latents(0), words, 2, rng)
+    with pytest.raises(TrainingError, match="needs a caption"):
+        diffusion.batch_of(latents(4), lambda chosen, _: [""] * len(chosen), 2, rng)
+    broken = tmp_path / "broken.pt"
+    broken.write_bytes(b"half a checkpoint")
+    with pytest.raises(TrainingError, match="cannot read checkpoint"):
+        fit_base(broken, tokenizer, 8)
+
+
+def test_the_tokenizer_never_fails_and_comes_in_two_equal_forms(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+
+    rng = np.random.default_rng(0)
+    made = tokens.build((caption(sample_scene(rng), rng) for _ in range(200)), tmp_path, merges=50)
+    fast = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text in ("A cracked wall", "Zürich 東京 🧱 !?", "", "x" * 500):
+        ids = made(text).input_ids
+        assert ids == fast.encode(text).ids
+        assert ids[0] == made.bos_token_id
+        assert ids[-1] == made.eos_token_id
+        assert made.eos_token_id not in ids[1:-1]
+
+
+def test_distilled_adapter_loads_with_stock_diffusers(tmp_path: Path, tokenizer: CLIPTokenizer) -> None:
+    torch.manual_seed(0)
+    unet, text = diffusion.build_unet(SIZE), diffusion.build_text(SIZE, tokenizer)
+    before = {k: v.clone() for k, v in unet.state_dict().items()}
+    clean = torch.from_numpy(latents(8).astype(np.float32))
+    states = text(diffusion.token_ids(tokenizer, ["a cracked wall"] * 8)).last_hidden_state.detach()
+    empty = text(diffusion.token_ids(tokenizer, [""])).last_hidden_state.detach().expand(8, -1, -1)
+    lines: list[str] = []
+    distill.fit(
+        unet,
+        diffusion.scheduler(),
+        lambda rng: (clean, states, empty),
+        recipe=distill.Recipe(rank=4),
+        plan=Plan(30, 3e-3, seed=1, warmup=2, say_every=5),
+        checkpoint=tmp_path / "distil.pt",
+        say=lines.append,
+    )
+    losses = [float(line.split("loss ")[1].split()[0]) for line in lines]
+    assert losses[-1] < losses[0]
+    export_lora(tmp_path / "lora.safetensors", unet, {"modelspec.title": "toy"})
+    noisy, times = torch.randn(2, 4, 4, 4), torch.tensor([999, 259])
+    with torch.no_grad():
+        expected = unet(noisy, times, encoder_hidden_states=states[:2]).sample
+    unet.unload_lora()
+    assert all(torch.equal(before[k], v) for k, v in unet.state_dict().items())
+    vae = autoencoder.build((8, 8, 8, 16), latent=4)
+    folder = tmp_path / "toy"
+    export_pipeline(folder, vae=vae, text=text, tokenizer=tokenizer, unet=unet, schedule=diffusion.scheduler())
+    pipe = StableDiffusionPipeline.from_pretrained(folder)
+    pipe.load_lora_weights(tmp_path, weight_name="lora.safetensors")
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    with torch.no_grad():
+        got = pipe.unet(noisy, times, encoder_hidden_states=states[:2]).sample
+    assert torch.allclose(got, expected, atol=2e-2, rtol=2e-2)
+    picture = pipe("a cracked wall", num_inference_steps=2, guidance_scale=1.0, height=32, width=32)
+    assert picture.images[0].size == (32, 32)

@@ -1,0 +1,179 @@
+"""The base model: a CLIP text encoder and a UNet learn to take the noise out of latents."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from workers.training.autoencoder import to_tensor
+from workers.training.errors import TrainingError
+from workers.training.loop import Average, Plan, Say, train
+from workers.training.pool import Pool
+
+Words = Callable[[NDArray[np.int64], np.random.Generator], list[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Widths of the two networks."""
+
+    channels: tuple[int, int, int] = (96, 160, 192)
+    heads: int = 4
+    text_width: int = 160
+    text_layers: int = 3
+    latent: int = 8
+    grid: int = 16
+
+
+def scheduler() -> DDIMScheduler:
+    """The noise schedule of Stable Diffusion 1.x."""
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="epsilon",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+def build_unet(size: Size) -> UNet2DConditionModel:
+    """An untrained UNet of three resolutions with cross attention at the middle one and the core.
+
+    Attention over all 256 places of the finest grid would take half of the time of a step on a CPU.
+    """
+    unet = UNet2DConditionModel(
+        sample_size=size.grid,
+        in_channels=size.latent,
+        out_channels=size.latent,
+        block_out_channels=size.channels,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=size.text_width,
+        attention_head_dim=size.heads,
+        norm_num_groups=16,
+    )
+    # Plain matrix products: the backward pass of torch's fused attention is slow on CPUs.
+    unet.set_attn_processor(AttnProcessor())
+    return unet
+
+
+def build_text(size: Size, tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """An untrained CLIP text model that fits the tokenizer."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=size.text_width,
+            intermediate_size=size.text_width * 4,
+            projection_dim=size.text_width,
+            num_hidden_layers=size.text_layers,
+            num_attention_heads=4,
+            max_position_embeddings=77,
+            hidden_act="quick_gelu",
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def token_ids(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
+    """Token ids (n, 77), cut and padded as the pipeline does it."""
+    made = tokenizer(texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
+    ids: Tensor = made.input_ids
+    return ids
+
+
+def encode_pool(vae: AutoencoderKL, pool: Pool, path: Path, batch: int = 32) -> NDArray[np.float16]:
+    """Latents (n, c, h, w) of the pool, scaled to unit variance and kept in a file."""
+    if not path.exists():
+        parts = []
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            for start in range(0, len(pool.pixels), batch):
+                pixels = to_tensor(pool.pixels[start : start + batch, :, :, :3])
+                mean = vae.encode(pixels).latent_dist.mean.float()
+                parts.append((mean * vae.config.scaling_factor).numpy().astype(np.float16))
+        half = path.with_suffix(".part.npy")
+        np.save(half, np.concatenate(parts))
+        half.rename(path)
+    latents: NDArray[np.float16] = np.load(path)
+    if len(latents) != len(pool.pixels):
+        raise TrainingError(f"{path} holds {len(latents)} latents for {len(pool.pixels)} pictures")
+    return latents
+
+
+def batch_of(
+    latents: NDArray[np.float16], words: Words, count: int, rng: np.random.Generator
+) -> tuple[Tensor, list[str]]:
+    """A random choice of latents, float32, with a fresh caption for each."""
+    if not len(latents):
+        raise TrainingError("there is nothing to learn from: no latents")
+    chosen = rng.integers(0, len(latents), count)
+    texts = words(chosen, rng)
+    if len(texts) != count or not all(isinstance(t, str) and t.strip() for t in texts):
+        raise TrainingError("every picture needs a caption, and none may be empty")
+    data = torch.from_numpy(latents[chosen].astype(np.float32))
+    return data.contiguous(memory_format=torch.channels_last), texts
+
+
+def fit(
+    latents: NDArray[np.float16],
+    words: Words,
+    tokenizer: CLIPTokenizer,
+    *,
+    size: Size,
+    plan: Plan,
+    checkpoint: Path,
+    batch: int = 32,
+    drop: float = 0.1,
+    bf16: bool = True,
+    say: Say = print,
+) -> tuple[UNet2DConditionModel, CLIPTextModel]:
+    """Train text encoder and UNet together; returns their averaged weights.
+
+    `drop` is the share of captions replaced by nothing, which makes guidance possible.
+    """
+    torch.manual_seed(plan.seed)
+    random.seed(plan.seed)
+    unet = build_unet(size).to(memory_format=torch.channels_last)
+    text = build_text(size, tokenizer)
+    alphas = scheduler().alphas_cumprod
+    averages = {"unet": Average(unet), "text": Average(text)}
+
+    def step(_: int, rng: np.random.Generator) -> Tensor:
+        clean, texts = batch_of(latents, words, batch, rng)
+        texts = ["" if rng.random() < drop else t for t in texts]
+        noise = torch.randn_like(clean)
+        # One timestep from each slice of the range: the loss jumps less from step to step.
+        slices = (torch.arange(batch) + torch.rand(batch)) / batch
+        times = (slices * 1000).long().clamp(0, 999)
+        alpha = alphas[times].view(-1, 1, 1, 1)
+        noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            states = text(token_ids(tokenizer, texts)).last_hidden_state
+            guess = unet(noisy, times, encoder_hidden_states=states).sample
+        ratio = alpha / (1 - alpha)
+        # Min-SNR: nearly clean latents teach little and would drown the rest.
+        weight = (torch.minimum(ratio, torch.tensor(5.0)) / ratio).view(-1)
+        each = (guess.float() - noise).square().mean((1, 2, 3))
+        return (each * weight).mean()
+
+    modules: dict[str, nn.Module] = {"unet": unet, "text": text}
+    train(step, modules, plan, checkpoint, averages=averages, say=say)
+    for name, module in modules.items():
+        module.load_state_dict(averages[name].values)
+        module.eval()
+    return unet, text

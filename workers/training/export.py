@@ -1,0 +1,94 @@
+"""Writes what was trained as files that stock diffusers reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from workers.training.errors import TrainingError
+
+
+def export_pipeline(
+    folder: Path,
+    *,
+    vae: AutoencoderKL,
+    text: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    unet: UNet2DConditionModel,
+    schedule: DDIMScheduler,
+) -> None:
+    """Write an unmodified StableDiffusionPipeline folder, without a safety checker.
+
+    UNet and autoencoder are stored in fp16. The text encoder stays float32: transformers 5 loads a
+    model in the type it was stored in, diffusers in float32, and a pipeline of both does not run.
+    """
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=schedule,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    unet.to(torch.float16)
+    vae.to(torch.float16)
+    text.to(torch.float32)
+    try:
+        pipeline.save_pretrained(folder, safe_serialization=True)
+        # The slow-format pair beside tokenizer.json: readers without `tokenizers` need it.
+        state = json.loads((folder / "tokenizer" / "tokenizer.json").read_text("utf-8"))
+        pairs = [" ".join(p) if isinstance(p, list) else p for p in state["model"]["merges"]]
+        vocabulary = json.dumps(state["model"]["vocab"], ensure_ascii=False)
+        (folder / "tokenizer" / "vocab.json").write_text(vocabulary, "utf-8")
+        lines = "\n".join(["#version: 0.2", *pairs])
+        (folder / "tokenizer" / "merges.txt").write_text(lines + "\n", "utf-8")
+    except OSError as error:
+        raise TrainingError(f"cannot write the pipeline to {folder}: {error}") from error
+
+
+def kohya_keys(unet: UNet2DConditionModel) -> dict[str, Tensor]:
+    """The adapter of a UNet under the key names of the official LCM-LoRA files, fp16.
+
+    `down_blocks.0.resnets.0.conv1` becomes `lora_unet_down_blocks_0_resnets_0_conv1`, with
+    `.lora_down.weight`, `.lora_up.weight` and `.alpha`. Here alpha equals the rank: strength 1.
+    """
+    tensors: dict[str, Tensor] = {}
+    parts = {".lora_A.weight": ".lora_down.weight", ".lora_B.weight": ".lora_up.weight"}
+    for key, value in get_peft_model_state_dict(unet).items():
+        for ours, theirs in parts.items():
+            if key.endswith(ours):
+                stem = "lora_unet_" + key.removesuffix(ours).replace(".", "_")
+                tensors[stem + theirs] = value.detach().to(torch.float16).contiguous()
+                if ours.startswith(".lora_A"):
+                    tensors[stem + ".alpha"] = torch.tensor(float(value.shape[0])).half()
+    if not tensors:
+        raise TrainingError("the UNet has no adapter to export")
+    return tensors
+
+
+def export_lora(path: Path, unet: UNet2DConditionModel, notes: Mapping[str, str]) -> None:
+    """Write the adapter of `unet` as one safetensors file that `load_lora_weights` reads."""
+    tensors = kohya_keys(unet)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        save_file(tensors, path, metadata={"format": "pt", **notes})
+    except OSError as error:
+        raise TrainingError(f"cannot write the adapter to {path}: {error}") from error
+    if load_file(path).keys() != tensors.keys():
+        raise TrainingError(f"{path} did not survive writing")
+
+
+def export_profile(path: Path, profile: Mapping[str, Any]) -> None:
+    """Write how the model wants to be used: family, sizes, steps, guidance."""
+    path.write_text(json.dumps(dict(profile), indent=2) + "\n", "utf-8")

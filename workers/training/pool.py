@@ -1,0 +1,47 @@
+"""A fixed pool of painted pictures on disk, and their latents once there is an autoencoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from farm.painter import Scene, caption, paint, sample_scene
+from workers.training.errors import TrainingError
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """`pixels` is uint8 (count, side, side, 4): RGB and the crack mask as 0 or 255."""
+
+    pixels: NDArray[np.uint8]
+    scenes: list[Scene]
+
+    def captions(self, chosen: NDArray[np.int64], rng: np.random.Generator) -> list[str]:
+        """A new wording for each chosen picture: the pool has far more sentences than pictures."""
+        return [caption(self.scenes[int(i)], rng) for i in chosen]
+
+
+def open_pool(folder: Path, count: int, side: int, seed: int) -> Pool:
+    """The pool of `count` pictures in `folder`, painted now if it is not there yet."""
+    if count < 1:
+        raise TrainingError(f"the pool needs at least one picture, not {count}")
+    rng = np.random.default_rng((seed, 77))
+    scenes = [sample_scene(rng) for _ in range(count)]
+    path = folder / f"pool-{count}-{side}-{seed}.npy"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        half = path.with_suffix(".part.npy")
+        try:
+            pixels = np.lib.format.open_memmap(half, "w+", np.uint8, (count, side, side, 4))
+            for i, scene in enumerate(scenes):
+                painted = paint(scene, side, side, seed * 10_000_019 + i)
+                pixels[i, :, :, :3] = painted.picture
+                pixels[i, :, :, 3] = painted.mask * np.uint8(255)
+            pixels.flush()
+        except OSError as error:
+            raise TrainingError(f"cannot write the pool {path}: {error}") from error
+        half.rename(path)
+    return Pool(np.load(path, mmap_mode="r"), scenes)
