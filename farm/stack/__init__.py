@@ -42,8 +42,8 @@ def embedded_servers(data_dir: Path, *, durable: bool = True) -> Iterator[Server
             yield servers
         finally:
             servers.stop()
-            directory.stack.unlink(missing_ok=True)
     finally:
+        directory.stack.unlink(missing_ok=True)
         directory.release()
 
 

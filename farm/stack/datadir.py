@@ -34,6 +34,7 @@ class DataDir:
         self.credentials = self.path / "credentials.json"
         self.ports = self.path / "ports.json"
         self.stack = self.path / "stack.json"
+        self.environment = self.path / "environment.json"
         self._lock_file = self.path / "lock"
         self._lock: int | None = None
 

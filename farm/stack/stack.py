@@ -19,6 +19,7 @@ from farm.stack import preparation, programs
 from farm.stack.datadir import DataDir
 from farm.stack.devices import devices
 from farm.stack.ports import LOOPBACK, Ports, holder, is_free
+from farm.stack.secrets import write_private_json
 from farm.stack.servers import Servers, settings_from
 from farm.stack.service import Program, Service
 from farm.stack.supervision import Report, Supervisor, silent
@@ -86,6 +87,10 @@ class Stack:
         """Restart what dies, until `request_stop`."""
         self._supervisor.run(self._stop)
 
+    def look(self) -> None:
+        """Restart what died, once: for a caller that has a loop of its own in place of `run_forever`."""
+        self._supervisor.look()
+
     def request_stop(self) -> None:
         """Make `up` or `run_forever` end soon. Safe in a signal handler and from any thread."""
         self._stop.set()
@@ -100,16 +105,21 @@ class Stack:
                 self._servers.stop()
             if self.directory.held:
                 self.directory.stack.unlink(missing_ok=True)
+                self.directory.environment.unlink(missing_ok=True)
         finally:
             self._processes, self._servers, self._database = [], None, None
             self._supervisor = Supervisor(self._report)
             self.directory.release()
 
-    def serve(self) -> None:
-        """`up`, `run_forever` and `down`, where Ctrl-C, SIGTERM and SIGHUP mean: stop in order."""
+    def serve(self, ready: Callable[[], None] = lambda: None) -> None:
+        """`up`, `run_forever` and `down`, where Ctrl-C, SIGTERM and SIGHUP mean: stop in order.
+
+        `ready` is called once, when everything is healthy.
+        """
         with self._signals():
             try:
                 self.up()
+                ready()
                 self.run_forever()
             except Stopped:
                 return
@@ -144,6 +154,8 @@ class Stack:
             "FARM_FLOWER_PASSWORD": servers.secrets.flower_password,
         }
         self._settings = settings_from(self._variables)
+        # For commands of other processes that work on the servers themselves: `farm models add`, `farm keys create`.
+        write_private_json(self.directory.environment, self._variables)
         for service in servers.services:
             self._supervisor.watch(service, partial(servers.revived, service))
 
