@@ -5,7 +5,6 @@ from http import HTTPStatus
 from typing import Any
 
 import orjson
-import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
@@ -14,6 +13,7 @@ from starlette.responses import Response
 from starlette.types import Scope
 
 from farm.errors import FarmError, InvalidRequest, Problem
+from farm.logs import get_logger
 
 MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER_SECONDS = 1
@@ -54,7 +54,7 @@ BY_STATUS = {
 }
 """Codes for what the framework refuses by itself."""
 
-log = structlog.get_logger("api")
+log = get_logger(__name__)
 
 
 def problem(  # one document, one call

@@ -6,7 +6,6 @@ from contextlib import asynccontextmanager
 from types import FrameType
 
 import anyio.to_thread
-import structlog
 import uvicorn
 from fastapi import APIRouter, FastAPI
 from fastapi.routing import APIRoute
@@ -21,13 +20,14 @@ from api.routes import adapters, batches, checkpoints, events, health, images, j
 from farm import doorbell, logs
 from farm.db import Database
 from farm.errors import Unavailable
+from farm.logs import get_logger
 from farm.settings import Settings
 from farm.settings import settings as read_settings
 from farm.storage import Store
 
 NOUNS = (jobs, images, batches, events, checkpoints, adapters, workers, queue, keys, health, version)
 
-log = structlog.get_logger("api")
+log = get_logger(__name__)
 
 
 def create_app(settings: Settings) -> FastAPI:

@@ -13,6 +13,7 @@ from api.deps import farm_of
 from api.errors import farm_problem, problem, unexpected_problem
 from farm.errors import FarmError, TooLarge
 from farm.ids import new_id
+from farm.logs import get_logger
 
 API = "/api/v1"
 OPEN = frozenset({f"{API}/health/live", f"{API}/health/ready"})
@@ -21,7 +22,7 @@ OPEN = frozenset({f"{API}/health/live", f"{API}/health/ready"})
 NDJSON = frozenset({"application/x-ndjson", "application/ndjson", "application/jsonl"})
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
-log = structlog.get_logger("api")
+log = get_logger(__name__)
 
 
 def media_type(headers: Headers) -> str:

@@ -6,13 +6,13 @@ from threading import Lock
 from typing import Any, Literal
 
 import redis
-import structlog
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from api.deps import Farm, FarmDep
 from api.schemas import Alive, Readiness
 from farm.errors import FarmError, SchemaMismatch
+from farm.logs import get_logger
 
 router = APIRouter(prefix="/health", tags=["health"])
 
@@ -24,7 +24,7 @@ NOT_READY: dict[int | str, dict[str, Any]] = {
     503: {"model": Readiness, "description": "Postgres or S3 does not answer"}
 }
 
-log = structlog.get_logger("api")
+log = get_logger(__name__)
 
 
 @router.get("/live")

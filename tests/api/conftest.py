@@ -1,5 +1,6 @@
 """The real API on real servers: uvicorn in a thread, spoken to over HTTP."""
 
+import logging
 import signal
 import threading
 import time
@@ -11,6 +12,7 @@ from uuid import UUID, uuid4
 
 import httpx
 import pytest
+import structlog
 from sqlalchemy import text
 
 from api.main import Server
@@ -23,6 +25,7 @@ from farm.models import Base
 from farm.queries import models as model_rows
 from farm.settings import Settings
 from farm.states import Outcome
+from farm.storage import Store
 from tests.conftest import TEMPLATE, administer, with_database
 
 PROMPT = "A single split crack on a concrete wall"
@@ -42,6 +45,17 @@ def small(settings: Settings) -> Settings:
             "grace": timedelta(seconds=2),
         }
     )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _plain_logs() -> Iterator[None]:
+    """Warnings only, and tracebacks without local variables."""
+    structlog.configure(
+        processors=[structlog.processors.format_exc_info, structlog.processors.KeyValueRenderer()],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
+    )
+    yield
+    structlog.reset_defaults()
 
 
 class Api:
@@ -169,10 +183,13 @@ def shared(server_settings: Settings, tmp_path_factory: pytest.TempPathFactory) 
     )
     database = Database(own)
     add_models(database)
+    store = Store(own)
+    store.ensure_bucket()
     try:
         with serving(small(own)) as server:
             yield Api(address(server), server, database, small(own))
     finally:
+        store._client.delete_bucket(Bucket=store.bucket)
         database.dispose()
         administer(server_settings, f"DROP DATABASE {name} WITH (FORCE)")
 
@@ -190,7 +207,7 @@ def api(shared: Api) -> Iterator[Api]:
 
 
 @pytest.fixture
-def fresh(settings: Settings, database: Database) -> Iterator[Callable[..., Any]]:
+def fresh(settings: Settings, database: Database, store: Store) -> Iterator[Callable[..., Any]]:
     """A function that starts an API of the test's own, with settings changed as it says."""
     add_models(database)
     with ExitStack() as stack:
