@@ -1,5 +1,6 @@
 """Every request the client makes, described without making it: `Farm` and `AsyncFarm` only carry these out."""
 
+import math
 from collections.abc import AsyncIterable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypedDict, TypeVar
@@ -9,7 +10,7 @@ from uuid import UUID, uuid4
 import orjson
 from pydantic import TypeAdapter
 
-from farm.errors import FarmError
+from farm.errors import FarmError, InvalidRequest
 from farm.states import JobState
 from farm.views import (
     AdapterView,
@@ -106,7 +107,7 @@ def nothing(_: bytes) -> None:
 
 
 def submit(prompt: Row, count: int | None, key: str | None, fields: Mapping[str, Any]) -> Call[JobView | BatchView]:
-    job = {**as_fields(prompt), **fields}
+    job = as_fields({**({"prompt": prompt} if isinstance(prompt, str) else prompt), **fields})
     if count is not None:
         job["count"] = count
     return Call("POST", f"{API}/jobs", job_or_batch, body=orjson.dumps(job, default=str), headers=JSON | once(key))
@@ -148,8 +149,18 @@ def id_of(what: JobView | BatchView | Id) -> Id:
 
 
 def as_fields(row: Row) -> dict[str, Any]:
-    """A job's fields from a prompt alone or a mapping."""
-    return {"prompt": row} if isinstance(row, str) else dict(row)
+    """A job's fields from a prompt alone or a mapping. Raises InvalidRequest for numbers that JSON cannot say.
+
+    orjson would write NaN as null, and the farm would take it for "not given".
+    """
+    if isinstance(row, str):
+        return {"prompt": row}
+    fields = dict(row)
+    weights = [use.get("weight") for use in fields.get("adapters") or () if isinstance(use, Mapping)]
+    for name, value in [*fields.items(), *(("adapters", weight) for weight in weights)]:
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InvalidRequest(f"{name} is {value}", problems=[{"field": name, "problem": "must be a finite number"}])
+    return fields
 
 
 def line(row: Row) -> bytes:

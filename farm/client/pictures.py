@@ -70,7 +70,7 @@ def save(job: JobView, path: Path, random: Random) -> Flow[Saved]:
     if job.image is None:
         raise NotFound(f"job {job.id} is {job.state} and has no picture")
     sha256 = job.image.sha256
-    there: bool = yield Block(lambda: _holds(path, sha256))
+    there: bool = yield Block(lambda: holds(path, sha256))
     if not there:
         body = yield from picture(job, random)
         yield from _replace(path, body)
@@ -86,7 +86,8 @@ def _replace(path: Path, body: bytes) -> Generator[Block[None], Any, None]:
     yield Block(write)
 
 
-def _holds(path: Path, sha256: str) -> bool:
+def holds(path: Path, sha256: str) -> bool:
+    """Whether a file is there with this content."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest() == sha256

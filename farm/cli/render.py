@@ -1,0 +1,116 @@
+"""`farm render`: one prompt, pictures on disk."""
+
+import re
+from itertools import chain
+from itertools import count as numbers
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from farm.cli.batches import explain_failures
+from farm.cli.display import Bar, json_line
+from farm.cli.exits import Exit
+from farm.cli.local import Occasion, some_farm
+from farm.cli.options import DATA_DIR, Adapters, AsJson, DataDir, adapters_of, size_of
+from farm.errors import InvalidRequest
+from farm.states import JobState
+from farm.views import BatchView, JobView
+
+if TYPE_CHECKING:
+    from farm.client import Farm
+
+
+def render(
+    prompt: Annotated[str, typer.Argument(help="What to draw.", metavar="PROMPT", show_default=False)],
+    data_dir: DataDir = DATA_DIR,
+    count: Annotated[int, typer.Option(help="So many pictures, seeds counting up.", min=1)] = 1,
+    seed: Annotated[int | None, typer.Option(help="Drawn if absent.", show_default=False)] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.", show_default=False)] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale.", show_default=False)] = None,
+    size: Annotated[str | None, typer.Option(help="In pixels.", metavar="WxH", show_default=False)] = None,
+    negative: Annotated[str | None, typer.Option(help="What not to draw.", show_default=False)] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="Base weights by name.", show_default=False)] = None,
+    adapter: Adapters = None,
+    acceleration: Annotated[str | None, typer.Option(help="lcm-lora or none.", show_default=False)] = None,
+    scheduler: Annotated[str | None, typer.Option(help="lcm, ddim, ...", show_default=False)] = None,
+    out: Annotated[Path, typer.Option(help="A .png file, or a folder.", metavar="PATH")] = Path(),
+    as_json: AsJson = False,
+) -> None:
+    """Render a prompt now and write the pictures here.
+
+    Uses the farm that runs, or starts one for the occasion. Ctrl-C cancels what was submitted. Prints the paths.
+    """
+    wanted = {
+        "seed": seed,
+        "steps": steps,
+        "guidance_scale": guidance,
+        "negative_prompt": negative,
+        "checkpoint": checkpoint,
+        "adapters": adapters_of(adapter) or None,
+        "acceleration": acceleration,
+        "scheduler": scheduler,
+        **size_of(size),
+    }
+    fields = {name: value for name, value in wanted.items() if value is not None}
+    folder, stem = place(out, prompt, count)
+    with some_farm(data_dir) as occasion:
+        batch = _submit(occasion.farm, prompt, count, fields)
+        with Bar("rendering", count) as bar:
+            done = _wait_or_cancel(occasion, batch, bar)
+        for job in occasion.farm.jobs(state=JobState.SUCCEEDED, batch=done.id):
+            saved = occasion.farm.save(job, folder if stem is None else free_path(folder, stem, job))
+            if as_json:
+                json_line({"path": str(saved.path), "job": job.model_dump(mode="json")})
+            else:
+                typer.echo(str(saved.path))
+        explain_failures(occasion.farm, done)
+    if done.counts.succeeded < done.total:
+        raise typer.Exit(Exit.FAILED)
+
+
+def _submit(farm: "Farm", prompt: str, count: int, fields: dict[str, Any]) -> BatchView:
+    submitted = farm.submit({"prompt": prompt, **fields}, count=count)
+    for warning in submitted.warnings:
+        typer.echo(f"warning: {warning}", err=True)
+    return farm.batch(submitted.batch_id) if isinstance(submitted, JobView) else submitted
+
+
+def _wait_or_cancel(occasion: Occasion, batch: BatchView, bar: Bar) -> BatchView:
+    try:
+        return occasion.wait(batch, bar.show)
+    except KeyboardInterrupt:
+        occasion.farm.cancel(batch)
+        raise
+
+
+def place(out: Path, prompt: str, count: int) -> tuple[Path, str | None]:
+    """Where `count` pictures go: a folder, made if need be, and what their names start with, or `None`: exactly `out`.
+
+    Raises InvalidRequest for a file name that is no PNG.
+    """
+    if out.is_dir() or not out.suffix:
+        out.mkdir(parents=True, exist_ok=True)
+        return out, _slug(prompt)
+    if out.suffix.lower() != ".png":
+        raise InvalidRequest(f"{out}: pictures are PNG files; name one that ends in .png, or a folder")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return (out, None) if count == 1 else (out.parent, out.stem)
+
+
+def free_path(folder: Path, stem: str, job: JobView) -> Path:
+    """`<stem>-<seed>.png`, with a number if that is another picture: rendering overwrites nothing."""
+    from farm.client.pictures import holds
+
+    sha256 = job.image.sha256 if job.image else ""
+    names = (f"{stem}-{job.seed}{suffix}.png" for suffix in chain([""], (f"-{number}" for number in numbers(2))))
+    return next(path for name in names if not (path := folder / name).exists() or holds(path, sha256))
+
+
+def _slug(prompt: str) -> str:
+    """The prompt as the start of a file name.
+
+    >>> _slug("A single split crack, on a concrete wall!")
+    'a-single-split-crack-on-a-concrete-wall'
+    """
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].strip("-") or "picture"

@@ -1,0 +1,148 @@
+"""`farm up`, `farm down`, `farm status`: the farm of this machine."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from farm.cli.display import ago, json_line, seconds, size, table, waiting
+from farm.cli.exits import report
+from farm.cli.options import DATA_DIR, AsJson, DataDir, connect
+from farm.errors import FarmError, StackError
+
+if TYPE_CHECKING:
+    from farm.stack.service import ServiceStatus
+    from farm.views import LaneView, WorkerView
+
+
+def up(
+    data_dir: DataDir = DATA_DIR,
+    port: Annotated[int, typer.Option(help="The API's port; 0 takes a free one.", min=0, max=65535)] = 8000,
+) -> None:
+    """Start everything on this machine and keep it running until Ctrl-C or `farm down`."""
+    from farm.stack.stack import Stack
+
+    stack = Stack(data_dir, port, report=_say)
+
+    def ready() -> None:
+        where = "" if data_dir == DATA_DIR else f" --data-dir {data_dir}"
+        typer.echo(f"The farm is up at {stack.url}; its key stands in {data_dir / 'credentials.json'}.")
+        typer.echo(f'Try: farm render "A single split crack on a concrete wall"{where}. Ctrl-C stops the farm.')
+
+    stack.serve(ready)
+    typer.echo("The farm has stopped.")
+
+
+def _say(status: "ServiceStatus", event: str) -> None:
+    if event:
+        typer.echo(f"{status['name']}: {event}", err=True)
+    else:
+        typer.echo(f"{status['name']:<10} {status['address']}")
+
+
+def down(data_dir: DataDir = DATA_DIR) -> None:
+    """Stop the farm that runs in the data directory, and whatever a killed one left behind."""
+    from farm.stack import stop_running
+
+    with waiting("stopping the farm"):
+        found = stop_running(data_dir)
+    typer.echo("The farm has stopped." if found else f"No farm was running in {data_dir}.")
+
+
+def status(data_dir: DataDir = DATA_DIR, as_json: AsJson = False) -> None:
+    """Services with pid and address, the queue lane by lane, and workers with what they keep warm."""
+    services = _services(data_dir)
+    lanes: list[LaneView] = []
+    workers: list[WorkerView] = []
+    failure: FarmError | None = None
+    try:
+        with connect(data_dir) as farm:
+            lanes, workers = farm.queue(), farm.workers()
+    except FarmError as error:
+        failure = error
+    if as_json:
+        json_line(
+            {
+                "services": services,
+                "lanes": [lane.model_dump(mode="json") for lane in lanes],
+                "workers": [worker.model_dump(mode="json") for worker in workers],
+            }
+        )
+    else:
+        _show(services, lanes, workers)
+    if failure is not None:
+        raise failure
+
+
+def _services(data_dir: Path) -> list[dict[str, Any]]:
+    """What `stack.json` says, and whether the processes are really there."""
+    if not (data_dir / "stack.json").exists():
+        return []
+    from farm.stack.datadir import DataDir as Directory
+    from farm.stack.datadir import identity_of
+
+    try:
+        found = Directory(data_dir).read_stack()
+    except StackError as error:
+        report(error)
+        return []
+    services = []
+    for service in found:
+        identity = identity_of(service)
+        gone = identity is not None and not identity.alive
+        services.append(
+            {
+                "name": service["name"],
+                "pid": None if gone else service["pid"],
+                "address": service["address"],
+                "state": "stopped" if gone else service["state"],
+            }
+        )
+    return services
+
+
+def _show(services: list[dict[str, Any]], lanes: "list[LaneView]", workers: "list[WorkerView]") -> None:
+    if services:
+        rows = [(each["name"], each["state"], each["pid"], each["address"]) for each in services]
+        table(("SERVICE", "STATE", "#PID", "ADDRESS"), rows, "")
+    table(
+        ("LANE", "CHECKPOINT", "POOL", "#QUEUED", "#RUNNING", "#OLDEST", "#IMAGES/S"),
+        (
+            (
+                lane.lane[:12],
+                lane.checkpoint,
+                lane.pool,
+                lane.depth,
+                lane.running,
+                seconds(lane.oldest_age_seconds),
+                f"{lane.images_per_second:.2f}",
+            )
+            for lane in lanes
+        ),
+        "The queue is empty.",
+    )
+    table(
+        ("WORKER", "STATE", "HOST", "#PID", "DEVICE", "#RUNNING", "HEARTBEAT", "WARM"),
+        (
+            (
+                str(worker.id)[-12:],
+                worker.state,
+                worker.host,
+                worker.pid,
+                worker.device,
+                worker.running,
+                ago(worker.heartbeat_at),
+                ", ".join(map(_warm, worker.warm)),
+            )
+            for worker in workers
+        ),
+        "No worker is there.",
+    )
+
+
+def _warm(entry: dict[str, Any]) -> str:
+    """A checkpoint a worker keeps, with the adapters merged into it and its weight on the device."""
+    adapters = entry.get("adapters") or []
+    names = [str(use.get("name", use) if isinstance(use, dict) else use) for use in adapters]
+    room = f" ({size(entry['bytes'])})" if isinstance(entry.get("bytes"), int | float) else ""
+    return "+".join([str(entry.get("checkpoint", "?")), *names]) + room
