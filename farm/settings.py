@@ -9,13 +9,23 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, model_validator
+from pydantic import BeforeValidator, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PLACEHOLDERS = frozenset({"", "changeme", "change-me", "password", "secret", "farm", "postgres", "minioadmin", "admin"})
 """Passwords that are no secret. Refused outside development."""
 
-Seconds = timedelta
+
+
+def _from_seconds(value: object) -> object:
+    """Text that is a plain number counts seconds; the environment holds nothing but text."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+Seconds = Annotated[timedelta, BeforeValidator(_from_seconds)]
 """Durations are written in seconds (`20`, `0.5`) or ISO 8601 (`PT20S`)."""
 
 Positive = Annotated[int, Field(gt=0)]

@@ -28,7 +28,11 @@ _jitter = Random()  # noqa: S311  # spreads retries, guards nothing
 
 @dataclass(frozen=True, slots=True)
 class ClaimedJob:
-    """What a worker needs to render and publish one job."""
+    """What a worker needs to render and publish one job.
+
+    `alone`: its last attempt ended in a crash, so nothing else may be in work in the same process, or a crash would
+    not tell whose fault it was.
+    """
 
     id: UUID
     attempt: int
@@ -39,6 +43,7 @@ class ClaimedJob:
     labels: dict[str, str]
     names: dict[str, Any]
     metadata: bool
+    alone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,8 +227,7 @@ def rescue(conn: Connection, *, settings: Settings, now: datetime | None = None,
     for row in found:
         job = rows.get(row["job_id"])
         if row["id"] in ended and job is not None and _is_current(job, row["number"]):
-            alone = row["size"] == 1
-            moves.append(_crashed(job, alone=alone, settings=settings))
+            moves.append(_crashed(job, settings=settings))
     done = finishing.move(conn, moves, now) if moves else set()
     _requeue(conn, rows, moves, done)
     return len(done)
@@ -253,6 +257,7 @@ def _claimed(claim_id: UUID, rows: Sequence[RowMapping], *, more: bool) -> Claim
             labels=row["labels"],
             names=row["names"],
             metadata=row["metadata_wanted"],
+            alone=row["alone"],
         )
         for row in rows
     )
@@ -300,9 +305,13 @@ def _move(row: RowMapping, result: Result, settings: Settings, now: datetime) ->
     }
 
 
-def _crashed(row: RowMapping, *, alone: bool, settings: Settings) -> dict[str, Any]:
-    """What a crash does to a job. Only a crash alone counts: neighbours of a poison job are innocent."""
-    crashes = row["crashes"] + alone
+def _crashed(row: RowMapping, *, settings: Settings) -> dict[str, Any]:
+    """What a crash does to a job. Only a crash alone counts: neighbours of a poison job are innocent.
+
+    A job that merely was the only one of its claim had a neighbour too, if the same process was storing another claim;
+    so what counts is that it was claimed to be alone.
+    """
+    crashes = row["crashes"] + row["alone"]
     state = JobState.QUEUED
     code, message = "worker-crashed", "the worker vanished while rendering this job"
     if row["cancelled"]:

@@ -59,7 +59,7 @@ _START = text("""
         INSERT INTO claims (id, worker_id, lease_until, created_at) VALUES (:claim, :worker, :now + :lease, :now)
     ), moved AS (
         UPDATE jobs SET state = 'running', attempt = attempt + 1, started_at = :now
-        WHERE id = ANY(:ids) RETURNING id, segment_id, batch_id, project_id, number, attempt
+        WHERE id = ANY(:ids) RETURNING id, segment_id, batch_id, project_id, number, attempt, alone
     ), tried AS (
         INSERT INTO attempts (job_id, number, claim_id, started_at) SELECT id, attempt, :claim, :now FROM moved
     ), counted AS (
@@ -71,7 +71,8 @@ _START = text("""
 """)
 
 _CLAIMED_BEFORE = text("""
-    SELECT j.id, j.batch_id, j.project_id, j.number, a.number AS attempt, r.body, r.names, r.labels, r.metadata_wanted
+    SELECT j.id, j.batch_id, j.project_id, j.number, j.alone, a.number AS attempt,
+           r.body, r.names, r.labels, r.metadata_wanted
     FROM attempts a JOIN jobs j ON j.id = a.job_id JOIN recipes r ON r.job_id = a.job_id
     WHERE a.claim_id = :claim AND a.outcome IS NULL ORDER BY j.id
 """)

@@ -1,0 +1,141 @@
+"""Worker processes with the stub renderer, a sweeper, and timers scaled down so that a lease is a second."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+import pytest
+
+from farm import doorbell
+from farm.db import Database
+from farm.maintenance import Sweeper
+from farm.settings import Settings
+from farm.storage import Store
+from tests.farm.conftest import Queue
+
+ROOT = Path(__file__).parents[2]
+SECONDS = 25.0
+
+
+def until(said: Callable[[], Any], seconds: float = SECONDS) -> Any:
+    """Ask until the answer is true; answers it. Fails after `seconds`."""
+    end = time.monotonic() + seconds
+    while not (answer := said()):
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.05)
+    return answer
+
+
+@pytest.fixture
+def settings(settings: Settings, tmp_path: Path) -> Settings:
+    """Timers scaled down by about twenty."""
+    return settings.model_copy(
+        update={
+            "heartbeat": timedelta(seconds=0.25),
+            "lease": timedelta(seconds=1.5),
+            "poll": timedelta(seconds=0.5),
+            "rescue_every": timedelta(seconds=0.25),
+            "sweep_every": timedelta(seconds=0.25),
+            "retry_backoff": timedelta(seconds=0.1),
+            "grace": timedelta(seconds=4),
+            "max_crashes": 1,
+            "cache_dir": tmp_path / "cache",
+            "micro_batch": 4,
+            "database_pool_size": 6,
+            "log_format": "console",
+        }
+    )
+
+
+def environment_of(settings: Settings) -> dict[str, str]:
+    """The settings as a child process reads them."""
+    written = {}
+    for name, value in settings:
+        plain = value.get_secret_value() if hasattr(value, "get_secret_value") else value
+        if isinstance(plain, timedelta):
+            plain = plain.total_seconds()
+        if plain is not None:
+            written[f"FARM_{name.upper()}"] = str(plain)
+    return written
+
+
+class WorkerProcess:
+    """One stub worker; `log` is where it writes."""
+
+    def __init__(self, settings: Settings, log: Path, **knobs: str) -> None:
+        self.log = log
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("FARM_", "STUB_"))}
+        with log.open("wb") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "tests.stub_worker"],
+                env={**kept, **environment_of(settings), **knobs},
+                cwd=ROOT,
+                stderr=file,
+                stdout=file,
+            )
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def wait(self, seconds: float = SECONDS) -> int:
+        return self.process.wait(seconds)
+
+    def said(self, words: str) -> bool:
+        return words in self.log.read_text()
+
+    @property
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+
+Start = Callable[..., WorkerProcess]
+
+
+@pytest.fixture
+def start(settings: Settings, store: Store, tmp_path: Path) -> Iterator[Start]:
+    """Start stub workers: `start(STUB_HANG="word")`; all are gone after the test. Answers once the worker is ready."""
+    started: list[WorkerProcess] = []
+
+    def begin(settings: Settings = settings, *, ready: bool = True, **knobs: str) -> WorkerProcess:
+        worker = WorkerProcess(settings, tmp_path / f"worker-{len(started)}.log", **knobs)
+        started.append(worker)
+        if ready:
+            until(lambda: worker.said("ready") or not worker.alive)
+        return worker
+
+    yield begin
+    for worker in started:
+        if worker.alive:
+            worker.signal(signal.SIGCONT)
+            worker.process.kill()
+        worker.wait()
+        sys.stdout.write(worker.log.read_text())
+
+
+@pytest.fixture
+def sweeper(settings: Settings) -> Iterator[None]:
+    """The sweeper's duties, running during the test."""
+    stop = Event()
+    thread = Thread(target=Sweeper(settings).run, args=[stop], daemon=True)
+    thread.start()
+    yield
+    stop.set()
+    thread.join(10)
+
+
+@pytest.fixture
+def farm(database: Database, settings: Settings, store: Store) -> Queue:
+    """A producer and the database, in one."""
+    return Queue(database, settings)
+
+
+@pytest.fixture
+def ring(settings: Settings) -> Callable[[], None]:
+    return lambda: doorbell.ring(settings, settings.pool)

@@ -1,0 +1,276 @@
+"""One micro-batch, start to finish: claim, stage, render, store, finish.
+
+Two threads share one executor: while one renders inside the device lock, the other encodes and uploads what was
+rendered before.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from threading import BoundedSemaphore, Event, Lock
+from time import monotonic
+from typing import Any, Protocol
+from uuid import UUID
+
+import structlog
+
+from farm import doorbell, jobs
+from farm.db import Database
+from farm.errors import FarmError, PermanentError, RenderFailed, Unavailable
+from farm.ids import new_id
+from farm.jobs import Claimed, ClaimedJob, Result, Warm
+from farm.logs import about
+from farm.recipe import Recipe
+from farm.settings import Settings
+from farm.states import Outcome
+from farm.storage import Store
+from workers.exits import Exit, end_process
+from workers.gate import Gate, Turn
+from workers.lease import Held, Lease
+from workers.leaving import Leaving
+from workers.pictures import Pixels
+from workers.storing import Storing
+
+THREADS = 2
+"""Micro-batches in work at once: one on the device, one on its way to S3."""
+ASK_AGAIN_SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0)
+"""Pauses between tries while Postgres is away; the last one repeats."""
+
+ALONE_LOOK_SECONDS = 0.05
+
+log = structlog.get_logger(__name__)
+
+
+class Renderer(Protocol):
+    """What turns recipes into pictures. `stage` runs outside the device lock, `render` inside it."""
+
+    def warm_state(self) -> Any: ...
+
+    def warm(self) -> list[dict[str, Any]]: ...
+
+    def stage(self, recipes: Sequence[Recipe]) -> Any: ...
+
+    def render(
+        self, staged: Any, recipes: Sequence[Recipe], on_step: Callable[[int, int], Collection[int]]
+    ) -> Sequence[Pixels | None]: ...
+
+
+class Watcher(Protocol):
+    """Told of every micro-batch as it goes; answers at once and raises nothing."""
+
+    def began(self, claimed: Claimed) -> None: ...
+
+    def ended(self, claimed: Claimed, results: Sequence[Result], seconds: float) -> None: ...
+
+
+class Executor:
+    """Everything one worker process does with jobs. `work` may be called by any thread at any time."""
+
+    def __init__(
+        self,
+        database: Database,
+        store: Store,
+        renderer: Renderer,
+        settings: Settings,
+        worker_id: UUID,
+        *,
+        leaving: Leaving | None = None,
+        lease: Lease | None = None,
+        watcher: Watcher | None = None,
+        end: Callable[[Exit, str], None] = end_process,
+    ) -> None:
+        self._database = database
+        self._renderer = renderer
+        self._settings = settings
+        self._worker = worker_id
+        self.leaving = leaving or Leaving(settings.grace.total_seconds(), end=end)
+        self.lease = lease or Lease(database, settings, worker_id, self.leaving, warm=renderer.warm, end=end)
+        self._watcher = watcher
+        self._storing = Storing(store, settings)
+        self._slots = BoundedSemaphore(THREADS)
+        self._device = Lock()
+        self._gate = Gate(self.leaving)
+        self._tail_seconds = 0.0
+        self._unanswered: UUID | None = None
+        self.more_work = Event()
+        """Set when a claim left work behind, so that a second thread comes without waiting for a doorbell."""
+
+    def work(self) -> None:
+        """Work until there is nothing to claim. Returns at once when enough threads are at it already."""
+        if not self._slots.acquire(blocking=False):
+            return
+        try:
+            while self.work_once():
+                pass
+        finally:
+            self._slots.release()
+
+    def work_once(self) -> bool:
+        """Claim one micro-batch and see it through; answers whether there was one."""
+        with self._gate.turn() as turn:
+            claimed = self._claim() if turn else None
+            if claimed is None:
+                return False
+            started = monotonic()
+            with about(claim=claimed.claim_id, worker=self._worker), self.lease.hold(claimed) as held:
+                if self._watcher is not None:
+                    self._watcher.began(claimed)
+                results = self._see_through(held, turn)
+                self._finish(held, results)
+                if self._watcher is not None:
+                    self._watcher.ended(claimed, results, monotonic() - started)
+        return True
+
+    def _claim(self) -> Claimed | None:
+        state = self._renderer.warm_state()
+        # Without an answer to our COMMIT the jobs may be ours already: the same id again finds them.
+        claim_id = self._unanswered or new_id()
+        self._unanswered = claim_id
+        try:
+            with self._database.transaction() as conn:
+                claimed = jobs.claim(
+                    conn,
+                    claim_id=claim_id,
+                    worker=self._worker,
+                    pool=self._settings.pool,
+                    warm=Warm(dict(state.lanes), frozenset(state.checkpoints)),
+                    limit=self._settings.micro_batch,
+                    settings=self._settings,
+                )
+        except Unavailable as error:
+            log.warning("could not ask for work", error=error.message)
+            return None
+        self._unanswered = None
+        if claimed is not None and claimed.more:
+            doorbell.ring(self._settings, self._settings.pool)
+            self.more_work.set()
+        return claimed
+
+    def _see_through(self, held: Held, turn: Turn) -> list[Result]:
+        """Every job's result; never raises. Jobs that are not ours any more have none."""
+        try:
+            recipes = [job.recipe for job in held.jobs]
+            held.enter("load", self._settings.limit_load.total_seconds())
+            staged = self._renderer.stage(recipes)
+            pictures = self._render(held, staged, recipes, turn)
+        except Exception as error:  # noqa: BLE001  # a job must end with a reason whatever the libraries raise
+            turn.over()
+            self._report(error)
+            return [_failure(job, error) for job in held.jobs]
+        turn.over()
+        held.enter("store", self._settings.limit_store.total_seconds())
+        results = self._storing.store(held, pictures, self._unrendered, self.leaving)
+        self._tail_seconds = max(monotonic() - turn.over_at, self._tail_seconds / 2)
+        return results
+
+    def _render(self, held: Held, staged: Any, recipes: Sequence[Recipe], turn: Turn) -> Sequence[Pixels | None]:
+        nothing: list[Pixels | None] = [None] * len(recipes)
+        step_limit = self._settings.limit_step.total_seconds()
+        held.enter("wait")
+        if held.jobs[0].alone:
+            turn.keep()
+            self._be_alone()
+        with self._device:
+            if held.lost or self.leaving.requested.is_set():
+                _close(staged)
+                return nothing
+            first = step_limit if held.jobs[0].recipe.lane in self._renderer.warm_state().lanes else None
+            # A cold pipeline moves to the device and may be compiled before its first step.
+            held.enter("merge", first or self._settings.limit_load.total_seconds())
+            began = monotonic()
+
+            def on_step(step: int, steps: int) -> Collection[int]:
+                last = step >= steps
+                held.enter("decode" if last else "step", step_limit)
+                if last:
+                    turn.over()
+                return self._dropped(held, (monotonic() - began) / max(step, 1) * (steps - step))
+
+            return self._renderer.render(staged, recipes, on_step)
+
+    def _be_alone(self) -> None:
+        """Wait until the other thread is done: a job under suspicion of crashing must not take others along."""
+        while len(self.lease.held) > 1:
+            Event().wait(ALONE_LOOK_SECONDS)
+
+    def _dropped(self, held: Held, seconds_to_go: float) -> Collection[int]:
+        """Which of these jobs need no picture: cancelled ones, or all when it would come too late."""
+        if held.lost or seconds_to_go + self._tail_seconds > self.leaving.seconds_left:
+            return range(len(held.jobs))
+        if not held.cancelled:
+            return ()
+        return [index for index, job in enumerate(held.jobs) if job.id in held.cancelled]
+
+    def _unrendered(self, held: Held, job: ClaimedJob) -> Result:
+        """Why this job has no picture."""
+        if job.id in held.cancelled:
+            return Result(job.id, job.attempt, Outcome.CANCELLED)
+        if held.lost or self.leaving.requested.is_set():
+            return Result(job.id, job.attempt, Outcome.GIVEN_BACK)
+        return _failure(job, RenderFailed("the pipeline answered no picture"))
+
+    def _finish(self, held: Held, results: Sequence[Result]) -> None:
+        """Tell the database, however long it is away: only its answer says whether a result counted."""
+        held.enter("finish")
+        answer: dict[UUID, Any] = {}
+        for pause in _patiently():
+            try:
+                with self._database.transaction() as conn:
+                    answer = jobs.finish(conn, claim_id=held.claim_id, results=results, settings=self._settings)
+                break
+            except Unavailable as error:
+                log.warning("holding results", jobs=len(results), error=error.message)
+                Event().wait(pause)
+        for result in results:
+            with about(job=result.job_id, attempt=result.attempt):
+                self._log(result, str(answer.get(result.job_id)))
+
+    def _log(self, result: Result, answer: str) -> None:
+        if answer != "done":
+            log.warning("result came too late: the attempt was lost", outcome=result.outcome.value)
+        elif result.outcome in (Outcome.RETRY, Outcome.FAILED):
+            log.warning("job failed", outcome=result.outcome.value, code=result.error_code, error=result.error_message)
+        else:
+            log.debug("job ended", outcome=result.outcome.value)
+
+    def give_back(self) -> None:
+        """Give back whatever is still held, for threads that hang while the process must go. Raises nothing."""
+        for held in self.lease.held:
+            results = [Result(job.id, job.attempt, Outcome.GIVEN_BACK) for job in held.jobs]
+            try:
+                with self._database.transaction() as conn:
+                    jobs.finish(conn, claim_id=held.claim_id, results=results, settings=self._settings)
+            except Exception as error:  # noqa: BLE001  # the process ends next; the lease does the rest
+                log.warning("not given back", claim=str(held.claim_id), error=repr(error)[:300])
+
+    def drain(self) -> None:
+        """Wait until no thread works any more, and let none begin again."""
+        for _ in range(THREADS):
+            self._slots.acquire()
+
+    def _report(self, error: Exception) -> None:
+        if not isinstance(error, FarmError):
+            log.error("micro-batch failed", exc_info=error)
+            return
+        log.warning("micro-batch failed", code=error.code, error=error.message)
+        if error.details.get("fatal"):
+            # What is on its way to S3 still gets there; a device that is lost stays lost to this process.
+            log.critical("the device is lost: finishing what is held, then leaving")
+            self.leaving.request(Exit.DEVICE, hurry=False)
+
+
+def _failure(job: ClaimedJob, error: Exception) -> Result:
+    """What an error does to a job: a permanent one would come again, everything else may pass."""
+    outcome = Outcome.FAILED if isinstance(error, PermanentError) else Outcome.RETRY
+    code, message = (error.code, error.message) if isinstance(error, FarmError) else ("internal", repr(error))
+    return Result(job.id, job.attempt, outcome, error_code=code, error_message=message[:2000])
+
+
+def _patiently() -> Iterator[float]:
+    yield from ASK_AGAIN_SECONDS
+    while True:
+        yield ASK_AGAIN_SECONDS[-1]
+
+
+def _close(staged: Any) -> None:
+    close = getattr(staged, "close", None)
+    if close is not None:
+        close()

@@ -1,0 +1,114 @@
+"""Pictures as bytes: PNG with the recipe in it, WebP thumbnail.
+
+The PNG writer is our own, because encoding is what eats a GPU worker's CPU: one filter over the whole picture in numpy
+and zlib's run-length strategy take 27 ms at 1024x1024 where Pillow at level 1 takes 84, for a file no larger, and both
+leave other Python threads running.
+"""
+
+import io
+import struct
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+from PIL import Image
+
+from farm import __version__
+from farm.recipe import Recipe
+
+Pixels = NDArray[np.uint8]
+"""A picture: uint8, height x width x 3, RGB."""
+
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+EIGHT_BIT_RGB = bytes([8, 2, 0, 0, 0])
+"""Bit depth 8, colour type 2, and the only compression, filter and interlace methods that matter."""
+FILTER_UP = 2
+THUMBNAIL_QUALITY = 80
+THUMBNAIL_EFFORT = 1
+"""libwebp's method: 1 takes a third of the default's time for the same bytes at this size."""
+
+SAMPLERS = {"lcm": "LCM", "ddim": "DDIM", "euler": "Euler", "euler_a": "Euler a", "dpmpp_2m": "DPM++ 2M"}
+"""Scheduler names as A1111 writes them; others are written as they are."""
+
+
+def encode_png(pixels: Pixels, *, texts: Mapping[str, str], level: int) -> bytes:
+    """A PNG with text chunks. Level 0 stores, 1 is fast and fits noise and texture, 2..9 search harder for repeats."""
+    height, width, channels = pixels.shape
+    if channels != 3 or pixels.dtype != np.uint8:
+        raise ValueError(f"a picture is uint8, height x width x 3, not {pixels.dtype} {pixels.shape}")
+    rows = np.empty((height, 1 + width * 3), np.uint8)
+    rows[:, 0] = FILTER_UP
+    flat = pixels.reshape(height, -1)
+    rows[0, 1:] = flat[0]
+    np.subtract(flat[1:], flat[:-1], out=rows[1:, 1:])
+    strategy = zlib.Z_RLE if level == 1 else zlib.Z_FILTERED
+    packer = zlib.compressobj(level, zlib.DEFLATED, zlib.MAX_WBITS, 9, strategy)
+    packed = packer.compress(rows.data) + packer.flush()
+    parts = [PNG_SIGNATURE, _chunk(b"IHDR", struct.pack(">II", width, height) + EIGHT_BIT_RGB)]
+    parts += [_text_chunk(key, text) for key, text in texts.items()]
+    parts += [_chunk(b"IDAT", packed), _chunk(b"IEND", b"")]
+    return b"".join(parts)
+
+
+def encode_thumbnail(pixels: Pixels, *, longer_side: int) -> bytes:
+    """A WebP picture of at most `longer_side` pixels a side, never larger than the original; no metadata."""
+    image = Image.fromarray(pixels)
+    # Two steps of whole-pixel averaging first: a quarter of the time, no visible difference.
+    image.thumbnail((longer_side, longer_side), Image.Resampling.LANCZOS, reducing_gap=2.0)
+    out = io.BytesIO()
+    image.save(out, "WEBP", quality=THUMBNAIL_QUALITY, method=THUMBNAIL_EFFORT)
+    return out.getvalue()
+
+
+def metadata(recipe: Recipe, *, names: Mapping[str, Any], labels: Mapping[str, str]) -> dict[str, str]:
+    """The text chunks of a picture: `parameters` as A1111 and its readers know it, `farm` with the whole recipe.
+
+    Never a key, a host or a path: everything in here was in the job.
+    """
+    full = {
+        "farm": __version__,
+        "recipe": recipe.model_dump(mode="json", exclude_none=True),
+        "recipe_hash": recipe.hash,
+        "names": dict(names),
+        "labels": dict(labels),
+    }
+    return {"parameters": a1111(recipe, names), "farm": orjson.dumps(full, option=orjson.OPT_SORT_KEYS).decode()}
+
+
+def a1111(recipe: Recipe, names: Mapping[str, Any]) -> str:
+    """The recipe as the web UIs write and read it: prompt, negative prompt, then one line of `Key: value` pairs."""
+    adapters = names.get("adapters", [])
+    prompt = recipe.prompt + "".join(f" <lora:{use['name']}:{use['weight']:g}>" for use in adapters)
+    pairs = {
+        "Steps": recipe.steps,
+        "Sampler": SAMPLERS.get(recipe.scheduler, recipe.scheduler),
+        "CFG scale": f"{recipe.guidance_scale:g}",
+        "Seed": recipe.seed,
+        "Size": f"{recipe.width}x{recipe.height}",
+        "Model hash": recipe.checkpoint[:10],
+        "Model": names.get("checkpoint", ""),
+        "Acceleration": names.get("acceleration", ""),
+        "Version": f"lcm-farm {__version__}",
+    }
+    lines = [prompt]
+    if recipe.negative_prompt:
+        lines.append(f"Negative prompt: {recipe.negative_prompt}")
+    lines.append(", ".join(f"{key}: {value}" for key, value in pairs.items() if value != ""))
+    return "\n".join(lines)
+
+
+def _chunk(kind: bytes, body: bytes) -> bytes:
+    return b"".join(
+        (struct.pack(">I", len(body)), kind, body, struct.pack(">I", zlib.crc32(body, zlib.crc32(kind)) & 0xFFFFFFFF))
+    )
+
+
+def _text_chunk(key: str, text: str) -> bytes:
+    """Plain Latin-1 where the text is that, because every reader knows it; UTF-8 (iTXt) otherwise."""
+    try:
+        return _chunk(b"tEXt", key.encode("latin-1") + b"\0" + text.encode("latin-1"))
+    except UnicodeEncodeError:
+        return _chunk(b"iTXt", key.encode("latin-1") + b"\0\0\0\0\0" + text.encode())

@@ -1,0 +1,98 @@
+"""From pictures to stored images: encode, thumbnail, upload, several at once. One that fails fails no other."""
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from threading import Event
+
+import structlog
+
+from farm.errors import FarmError, PermanentError, Unavailable
+from farm.jobs import ClaimedJob, Result, StoredImage
+from farm.settings import Settings
+from farm.states import Outcome
+from farm.storage import Store, image_key
+from workers.lease import Held
+from workers.leaving import Leaving
+from workers.pictures import Pixels, encode_png, encode_thumbnail, metadata
+
+MOST_THREADS = 16
+SHARE_OF_LIMIT = 0.8
+"""How much of the storing limit is spent on trying again while S3 is away; then the job is retried from the start."""
+FIRST_PAUSE_SECONDS = 0.5
+LONGEST_PAUSE_SECONDS = 10.0
+
+log = structlog.get_logger(__name__)
+
+
+class Storing:
+    """Encodes and uploads. Threads, because encoding releases the GIL and uploading mostly waits."""
+
+    def __init__(self, store: Store, settings: Settings) -> None:
+        self._store = store
+        self._settings = settings
+        self._patience = settings.limit_store.total_seconds() * SHARE_OF_LIMIT
+        # Few cores: more threads only take time slices from the denoising. Many: enough to hide S3's latency.
+        threads = min(MOST_THREADS, max(2, os.cpu_count() or 1))
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="store")
+
+    def store(
+        self,
+        held: Held,
+        pictures: Sequence[Pixels | None],
+        unrendered: Callable[[Held, ClaimedJob], Result],
+        leaving: Leaving,
+    ) -> list[Result]:
+        """One result per job, in order; jobs without a picture are asked of `unrendered`. Never raises."""
+        waiting = [
+            None
+            if picture is None
+            else self._threads.submit(copy_context().run, self._one, held, job, picture, leaving)
+            for job, picture in zip(held.jobs, pictures, strict=True)
+        ]
+        return [
+            unrendered(held, job) if one is None else one.result() for job, one in zip(held.jobs, waiting, strict=True)
+        ]
+
+    def _one(self, held: Held, job: ClaimedJob, pixels: Pixels, leaving: Leaving) -> Result:
+        try:
+            image, png, thumbnail = self._encode(job, pixels)
+            pause = FIRST_PAUSE_SECONDS
+            while True:
+                try:
+                    self._store.put(image.key, png, "image/png", image.sha256)
+                    self._store.put(image.thumbnail_key, thumbnail, "image/webp", hashlib.sha256(thumbnail).hexdigest())
+                    return Result(job.id, job.attempt, Outcome.SUCCEEDED, image)
+                except Unavailable as error:
+                    log.warning("upload failed", job=str(job.id), error=error.message)
+                    if held.lost or pause >= leaving.seconds_left:
+                        return Result(job.id, job.attempt, Outcome.GIVEN_BACK)
+                    if held.seconds + pause > self._patience:
+                        raise
+                Event().wait(pause)
+                pause = min(pause * 2, LONGEST_PAUSE_SECONDS)
+        except FarmError as error:
+            outcome = Outcome.FAILED if isinstance(error, PermanentError) else Outcome.RETRY
+            return Result(job.id, job.attempt, outcome, error_code=error.code, error_message=error.message)
+        except Exception as error:
+            log.exception("picture not stored", job=str(job.id))
+            return Result(job.id, job.attempt, Outcome.RETRY, error_code="store", error_message=repr(error)[:2000])
+
+    def _encode(self, job: ClaimedJob, pixels: Pixels) -> tuple[StoredImage, bytes, bytes]:
+        texts = metadata(job.recipe, names=job.names, labels=job.labels) if job.metadata else {}
+        png = encode_png(pixels, texts=texts, level=self._settings.png_compress_level)
+        thumbnail = encode_thumbnail(pixels, longer_side=self._settings.thumbnail_pixels)
+        sha256 = hashlib.sha256(png).hexdigest()
+        height, width, _ = pixels.shape
+        image = StoredImage(
+            key=image_key(job.project_id, job.id, job.attempt, sha256, "png"),
+            thumbnail_key=image_key(job.project_id, job.id, job.attempt, sha256, "webp"),
+            sha256=sha256,
+            bytes=len(png),
+            width=width,
+            height=height,
+            thumbnail_bytes=len(thumbnail),
+        )
+        return image, png, thumbnail
