@@ -79,7 +79,7 @@ def problem(  # one document, one call
         "retryable": retryable,
         "request_id": scope.get("farm.request_id", ""),
     }
-    extra = {"Retry-After": str(RETRY_AFTER_SECONDS)} if (retryable and status < 500) or status == 503 else {}
+    extra = {"Retry-After": str(RETRY_AFTER_SECONDS)} if retryable and status in {409, 503} else {}
     if status == 401:
         extra["WWW-Authenticate"] = "Bearer"
     content = orjson.dumps(body, default=str, option=orjson.OPT_NON_STR_KEYS)

@@ -128,7 +128,7 @@ def events(conn: Connection, project_id: UUID, batch_id: UUID, after: str | None
     last = out[-1].id if out else f"{cursor[0]}.{cursor[1]}"
     progress = batch.model_dump(mode="json")
     out.append(Event(id=last, event="progress", data=progress))
-    if batch.done and not found:
+    if batch.done and not found and not rows.unseen(conn, batch_id, xid=cursor[0], job_id=cursor[1]):
         out.append(Event(id=last, event="done", data=progress))
     return out
 

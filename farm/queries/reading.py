@@ -157,3 +157,12 @@ def finished(
     """Terminal jobs of a batch after (xid, job), in commit order."""
     parameters = {"batch": batch_id, "project": project, "xid": xid, "job": job_id, "limit": limit}
     return conn.execute(_FINISHED, parameters).mappings().all()
+
+
+def unseen(conn: Connection, batch_id: UUID, *, xid: str, job_id: UUID) -> bool:
+    """Whether a batch has terminal jobs after (xid, job), among them those that `finished` still holds back."""
+    statement = text("""
+        SELECT EXISTS (SELECT 1 FROM jobs WHERE batch_id = :batch AND finished_xid IS NOT NULL
+                       AND (finished_xid, id) > (CAST(:xid AS xid8), CAST(:job AS uuid)))
+    """)
+    return bool(conn.execute(statement, {"batch": batch_id, "xid": xid, "job": job_id}).scalar_one())

@@ -1,0 +1,71 @@
+"""Refusals and failures: one shape, one table, nothing of our inside in it."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from api.errors import BY_STATUS, STATUS
+from farm import errors, jobs
+from tests.api.conftest import Api, problem_of
+
+
+def kinds(root: type[errors.FarmError] = errors.FarmError) -> Iterator[type[errors.FarmError]]:
+    yield root
+    for child in root.__subclasses__():
+        yield from kinds(child)
+
+
+def test_the_table_holds_every_code_and_no_other() -> None:
+    codes = {kind.code for kind in kinds()}
+    assert codes <= set(STATUS)
+    assert set(STATUS) - codes == {"bad-request", "method-not-allowed"}
+    assert set(BY_STATUS.values()) <= set(STATUS)
+
+
+@pytest.mark.parametrize("kind", sorted(set(kinds()), key=lambda kind: kind.__name__))
+def test_every_error_has_its_answer(api: Api, monkeypatch: pytest.MonkeyPatch, kind: type[errors.FarmError]) -> None:
+    def fail(_: Any) -> None:
+        raise kind("it is at 10.0.0.1", near=["moss"])
+
+    monkeypatch.setattr(jobs, "queue", fail)
+    answer = api.http.get("/queue")
+    document = problem_of(answer, STATUS[kind.code], kind.code)
+    assert document["retryable"] is kind.retryable
+    if answer.status_code < 500:
+        assert document["detail"] == "it is at 10.0.0.1"
+        assert document["near"] == ["moss"]
+    else:
+        assert "10.0.0.1" not in answer.text
+    assert ("retry-after" in answer.headers) == (kind.retryable and answer.status_code in {409, 503})
+
+
+def test_the_unforeseen_is_a_problem_document_too(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Any) -> None:
+        raise RuntimeError("the password is hunter2")
+
+    monkeypatch.setattr(jobs, "queue", fail)
+    answer = api.http.get("/queue", headers={"X-Request-Id": "case-7"})
+    assert problem_of(answer, 500, "internal")["request_id"] == "case-7"
+    assert "hunter2" not in answer.text
+    monkeypatch.undo()
+    assert api.http.get("/queue").status_code == 200
+
+
+def test_unknown_places_and_methods_are_problem_documents(api: Api) -> None:
+    assert problem_of(api.http.get("/nothing"), 404, "not-found")["instance"] == "/api/v1/nothing"
+    problem_of(api.http.get("/jobs/"), 404, "not-found")
+    for path in ("/", "/docs", "/redoc", "/openapi.json", "/v1/images", "/sdapi/v1/txt2img"):
+        problem_of(httpx.get(api.url + path, headers={"X-API-Key": api.key}), 404, "not-found")
+    answer = api.http.put("/jobs", json={})
+    problem_of(answer, 405, "method-not-allowed")
+    assert set(answer.headers["allow"].split(", ")) <= {"GET", "POST"}
+
+
+def test_request_ids_are_ours_unless_they_are_sensible(api: Api) -> None:
+    assert api.http.get("/version", headers={"X-Request-Id": "trace-1.a_B"}).headers["x-request-id"] == "trace-1.a_B"
+    for odd in ("x" * 65, "a b", "<script>", ""):
+        given = api.http.get("/version", headers={"X-Request-Id": odd}).headers["x-request-id"]
+        assert given != odd
+        assert len(given) == 32
