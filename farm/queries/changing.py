@@ -15,7 +15,7 @@ _LOCK = text("""
 _CANCEL_QUEUED = text("""
     WITH moved AS (
         UPDATE jobs SET state = 'cancelled', finished_at = clock_timestamp(), finished_xid = pg_current_xact_id()
-        WHERE id = ANY(:ids) AND state = 'queued' RETURNING segment_id, batch_id, project_id
+        WHERE id = ANY(:ids) AND CASE state WHEN 'queued' THEN true END RETURNING segment_id, batch_id, project_id
     ), counted AS (
         INSERT INTO counter_deltas (segment_id, batch_id, project_id, queued, cancelled)
         SELECT segment_id, batch_id, project_id, -count(*), count(*) FROM moved GROUP BY 1, 2, 3
