@@ -148,7 +148,9 @@ def stop_running(data_dir: Path, *, patience: float = 90.0) -> bool:
     if not directory.path.exists():
         return False
     supervisor = running(data_dir)
-    if supervisor is not None and supervisor.pid != os.getpid():
+    if supervisor is not None and supervisor.pid == os.getpid():
+        supervisor = None  # a stack of this very process: the lock says so below
+    if supervisor is not None:
         os.kill(supervisor.pid, signal.SIGTERM)
         deadline = time.monotonic() + patience
         while supervisor.alive:

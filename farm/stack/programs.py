@@ -18,7 +18,9 @@ from farm.stack.service import Program
 READY = "/api/v1/health/ready"
 ASK_EVERY = 0.2
 """Seconds between two health checks of a starting Python process, which takes seconds itself."""
-PYTHON = ("-u", "-m")
+PYTHON = ("-P", "-u", "-m")
+"""`-P`: the data directory, where they run, is no place to import from."""
+WORKER = "workers.main"
 
 
 def environment(settings: Mapping[str, str]) -> dict[str, str]:
@@ -63,7 +65,7 @@ def worker(
     return _program(
         directory,
         name,
-        ("workers.main",),
+        (WORKER,),
         environment({**variables, "FARM_DEVICE": device, "FARM_WORKER_ID": str(worker_id)}),
         address=device,
         healthy=ready,
@@ -79,7 +81,7 @@ def sweeper(directory: DataDir, variables: Mapping[str, str]) -> Program:
         "sweeper",
         ("farm.cli", "sweeper"),
         environment(variables),
-        address="postgres",
+        address="-",
         healthy=lambda: True,
         grace=10.0,
     )

@@ -1,6 +1,7 @@
 """PostgreSQL does not run as root, so another user must get to its programs and its data."""
 
 import os
+import shutil
 from pathlib import Path
 
 import psycopg
@@ -88,4 +89,4 @@ def test_a_closed_data_directory_works(data_dir: Path, elsewhere: Path) -> None:
             accounts._forget_abandoned()
             assert list((outside / "clusters").iterdir()) == []
     finally:
-        accounts.shutil.rmtree(outside, ignore_errors=True)
+        shutil.rmtree(outside, ignore_errors=True)

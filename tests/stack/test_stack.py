@@ -1,0 +1,153 @@
+"""`farm up` as a whole, with a stub for the renderer: one pass through its life, as starting it takes seconds."""
+
+import json
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from farm.errors import StackError
+from farm.stack import running, status, stop_running
+from farm.stack.ports import LOOPBACK, is_free
+from farm.stack.stack import Stack
+from tests.stack.watching import family, identities, listening, wait_until
+
+SERVICES = {"supervisor", "postgres", "valkey", "s3", "api", "worker", "sweeper", "flower"}
+CODE = """
+import sys
+from pathlib import Path
+from farm.stack import programs
+from farm.stack.stack import Stack
+
+programs.WORKER = "tests.stub_worker"
+stack = Stack(Path(sys.argv[1]), 0, lambda status, event: print(status["name"], event, flush=True))
+stack.serve(lambda: print("ready", stack.url, flush=True))
+"""
+
+
+class Up:
+    """A `farm up` in a process of its own."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self.data_dir = data_dir
+        root = str(Path(__file__).parents[2])
+        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", CODE, str(data_dir)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "FARM_DEVICE": "cpu"},
+        )
+        self.said: list[str] = []
+
+    def hear(self, wanted: str) -> str:
+        """Read on until a line starts with `wanted`; answers that line."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.said.append(line.rstrip("\n"))
+            if line.startswith(wanted):
+                return self.said[-1]
+        raise AssertionError(f"it ended without saying {wanted!r}: {self.said}")
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+            self.process.wait(60)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+
+@pytest.fixture
+def up(data_dir: Path) -> Iterator[Up]:
+    started = Up(data_dir)
+    yield started
+    started.end()
+    stop_running(data_dir)
+
+
+def states(data_dir: Path) -> dict[str, str]:
+    return {service["name"]: service["state"] for service in status(data_dir)}
+
+
+def jobs_page(data_dir: Path) -> httpx.Response:
+    credentials = json.loads((data_dir / "credentials.json").read_text())
+    headers = {"Authorization": f"Bearer {credentials['api_key']}"}
+    return httpx.get(f"{credentials['url']}/api/v1/jobs", headers=headers, timeout=10)
+
+
+@pytest.mark.timeout(300)
+def test_a_whole_life(data_dir: Path, up: Up) -> None:
+    up.hear("ready")
+    assert states(data_dir) == dict.fromkeys(SERVICES, "healthy")
+    assert {line.split()[0] for line in up.said} == SERVICES - {"supervisor"} | {"ready"}
+
+    # Loopback only; a key that works, in a private file; Flower behind its password.
+    everything = [process for identity in identities(data_dir).values() for process in family(identity)]
+    assert {address for address, _ in listening(everything)} == {LOOPBACK}
+    assert jobs_page(data_dir).status_code == httpx.codes.OK
+    assert stat.S_IMODE((data_dir / "credentials.json").stat().st_mode) == 0o600
+    key = (data_dir / "credentials.json").read_text()
+    flower = next(service["address"] for service in status(data_dir) if service["name"] == "flower")
+    assert httpx.get(f"{flower}/workers").status_code == httpx.codes.UNAUTHORIZED
+
+    # Whatever dies comes back, and the worker's jobs are taken back at once.
+    for name in ("worker", "postgres", "api"):
+        before = identities(data_dir)[name]
+        os.kill(before.pid, signal.SIGKILL)
+        assert "signal 9; starting again" in up.hear(f"{name} ended")
+        up.hear(f"{name} ")
+        wait_until(lambda: set(states(data_dir).values()) == {"healthy"})
+        assert identities(data_dir)[name] != before
+    assert jobs_page(data_dir).status_code == httpx.codes.OK
+
+    # Killed itself, it leaves nothing that the next start does not end.
+    left = identities(data_dir)
+    up.process.kill()
+    up.process.wait()
+    again = Up(data_dir)
+    try:
+        again.hear("ready")
+        assert not any(identity.alive for identity in left.values())
+        assert (data_dir / "credentials.json").read_text() == key
+        assert jobs_page(data_dir).status_code == httpx.codes.OK
+
+        # `farm down` from outside.
+        everything = [process for identity in identities(data_dir).values() for process in family(identity)]
+        ports = [port for _, port in listening(everything)]
+        assert stop_running(data_dir) is True
+        assert again.process.wait(10) == 0
+        assert psutil.wait_procs(everything, timeout=1)[1] == []
+        assert [port for port in ports if not is_free(port)] == []
+        assert status(data_dir) == []
+        assert running(data_dir) is None
+    finally:
+        again.end()
+
+
+def test_stopped_while_starting(data_dir: Path, up: Up) -> None:
+    up.hear("postgres")
+    left = identities(data_dir)
+    up.process.send_signal(signal.SIGINT)
+    assert up.process.wait(60) == 0
+    assert not any(identity.alive for identity in left.values())
+    assert status(data_dir) == []
+
+
+def test_a_port_in_use_is_a_clear_error(data_dir: Path) -> None:
+    with socket.socket() as holder:
+        holder.bind((LOOPBACK, 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        with pytest.raises(
+            StackError, match=rf"port {port} on 127.0.0.1 is in use \(by .*process {os.getpid()}\).*--port"
+        ):
+            Stack(data_dir, port).up()
+    assert running(data_dir) is None
