@@ -94,7 +94,7 @@ class Engine:
             raise InvalidRequest("recipes of one micro-batch must share their lane and adapter set")
         entry = self._residents.hold(first.checkpoint, lambda: self._load(first.checkpoint))
         try:
-            vae = self._load_vae(first.vae) if first.vae and first.vae not in entry.loaded.vaes else None
+            vae = self._load_vae(first.vae, entry.loaded) if first.vae and first.vae not in entry.loaded.vaes else None
             wanted = [*first.adapters, *([first.acceleration] if first.acceleration else [])]
             uses = tuple((self._adapter(use.hash, entry.loaded), use.weight) for use in wanted)
         except BaseException:
@@ -195,10 +195,12 @@ class Engine:
         while len(pictures) < len(recipes):
             start = len(pictures)
             part = recipes[start : start + size]
-            if dropped.issuperset(range(start, start + len(part))):
+            parts_to_go = [range(at, min(at + size, len(recipes))) for at in range(start, len(recipes), size)]
+            live = sum(not dropped.issuperset(indices) for indices in parts_to_go)
+            if dropped.issuperset(parts_to_go[0]):
                 pictures += [None] * len(part)
                 continue
-            total = before + -(-(len(recipes) - start) // size) * steps
+            total = before + live * steps
 
             def heard(
                 done: int, _: int, start: int = start, before: int = before, total: int = total
@@ -249,8 +251,8 @@ class Engine:
         )
         return pipeline
 
-    def _load_vae(self, vae: str) -> Any:
-        return load_vae(self._fetch(vae), self._device.dtype, self._device.vae_dtype)
+    def _load_vae(self, vae: str, pipeline: Pipeline) -> Any:
+        return load_vae(self._fetch(vae), pipeline.family, self._device.dtype, self._device.vae_dtype)
 
     def _adapter(self, adapter: str, pipeline: Pipeline) -> Adapter:
         """An adapter parsed for pipelines of this structure."""

@@ -185,15 +185,15 @@ def load(folder: Path, checkpoint: str, dtype: torch.dtype, vae_dtype: torch.dty
         family=family,
         unet=_ready(made.unet),
         encoders=tuple(encoders),
-        vae=_ready(_safe_vae(made.vae, vae_dtype)),
+        vae=_ready(_safe_vae(made.vae, family, vae_dtype)),
         scheduler_config=dict(made.scheduler.config),
         zero_empty_negative=bool(family == "sdxl" and made.config.force_zeros_for_empty_prompt),
         load_seconds=time.perf_counter() - started,
     )
 
 
-def load_vae(folder: Path, dtype: torch.dtype, vae_dtype: torch.dtype) -> Any:
-    """Read a VAE that replaces a checkpoint's own. Raises InvalidModel."""
+def load_vae(folder: Path, family: Family, dtype: torch.dtype, vae_dtype: torch.dtype) -> Any:
+    """Read a VAE that replaces the own one of a checkpoint of this family. Raises InvalidModel."""
     check_weights(folder)
     name = str(_json(folder, "config.json").get("_class_name"))
     if name not in VAES:
@@ -202,7 +202,7 @@ def load_vae(folder: Path, dtype: torch.dtype, vae_dtype: torch.dtype) -> Any:
         vae = VAES[name].from_pretrained(str(folder), dtype=dtype, use_safetensors=True, local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise InvalidModel(f"{folder.name}: cannot be loaded: {_first_line(error)}") from error
-    return _ready(_safe_vae(vae, vae_dtype))
+    return _ready(_safe_vae(vae, family, vae_dtype))
 
 
 def _ready(module: Any) -> Any:
@@ -210,9 +210,9 @@ def _ready(module: Any) -> Any:
     return module.requires_grad_(False).eval().to(memory_format=torch.channels_last)
 
 
-def _safe_vae(vae: Any, vae_dtype: torch.dtype) -> Any:
-    """The original SDXL VAE overflows in float16 and says so by `force_upcast`."""
-    upcast = vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
+def _safe_vae(vae: Any, family: Family, vae_dtype: torch.dtype) -> Any:
+    """The original SDXL VAE overflows in float16 and says so by `force_upcast`. For SD's that entry means nothing."""
+    upcast = family == "sdxl" and vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
     return vae.to(vae_dtype) if upcast else vae
 
 

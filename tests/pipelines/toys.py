@@ -1,0 +1,190 @@
+"""Checkpoints and adapters of toy width in the real file formats: milliseconds to render, random weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+WIDTH = 16
+BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+
+
+def tokenizer(folder: Path) -> CLIPTokenizer:
+    """A CLIP tokenizer that knows letters only."""
+    letters = [chr(code) for code in range(33, 127)]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True)
+    (folder / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77)
+
+
+def text_config(reader: CLIPTokenizer, width: int = WIDTH) -> CLIPTextConfig:
+    size = len(reader)
+    return CLIPTextConfig(
+        vocab_size=size,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=77,
+        projection_dim=width,
+        bos_token_id=size - 2,
+        eos_token_id=size - 1,
+        pad_token_id=size - 1,
+    )
+
+
+def vae(**changes: Any) -> AutoencoderKL:
+    options: dict[str, Any] = {
+        "in_channels": 3,
+        "out_channels": 3,
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "block_out_channels": (8, 8, 8, 8),
+        "layers_per_block": 1,
+        "latent_channels": 4,
+        "norm_num_groups": 4,
+        "sample_size": 64,
+    }
+    return AutoencoderKL(**{**options, **changes})
+
+
+def unet(**changes: Any) -> UNet2DConditionModel:
+    options: dict[str, Any] = {
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "layers_per_block": 2,
+        "block_out_channels": (16, 32),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "cross_attention_dim": WIDTH,
+        "attention_head_dim": 4,
+        "norm_num_groups": 4,
+    }
+    return UNet2DConditionModel(**{**options, **changes})
+
+
+def sd(folder: Path, seed: int = 0) -> Path:
+    """A StableDiffusionPipeline folder in the layout of SD 1.5."""
+    torch.manual_seed(seed)
+    reader = tokenizer(folder / "letters")
+    pipeline = StableDiffusionPipeline(
+        vae=vae(),
+        text_encoder=CLIPTextModel(text_config(reader)),
+        tokenizer=reader,
+        unet=unet(),
+        scheduler=DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder / "checkpoint", safe_serialization=True)
+    return folder / "checkpoint"
+
+
+def sdxl(folder: Path) -> Path:
+    """A StableDiffusionXLPipeline folder: two text encoders, linear projections, time ids."""
+    torch.manual_seed(1)
+    reader = tokenizer(folder / "letters")
+    second = text_config(reader, 24)
+    wide = unet(
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=WIDTH + 24,
+        use_linear_projection=True,
+        transformer_layers_per_block=(1, 2),
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 24,
+    )
+    pipeline = StableDiffusionXLPipeline(
+        vae=vae(force_upcast=True),
+        text_encoder=CLIPTextModel(text_config(reader)),
+        text_encoder_2=CLIPTextModelWithProjection(second),
+        tokenizer=reader,
+        tokenizer_2=reader,
+        unet=wide,
+        scheduler=EulerDiscreteScheduler(**BETAS, timestep_spacing="leading", steps_offset=1),
+        add_watermarker=False,
+    )
+    pipeline.save_pretrained(folder / "checkpoint", safe_serialization=True)
+    return folder / "checkpoint"
+
+
+Changes = Mapping[str, tuple[Tensor, Tensor, float]]
+"""Layer (`unet.<path>`, `text_encoder.<path>`) -> (down, up, alpha)."""
+
+
+def changes(layers: Mapping[str, tuple[int, ...]], rank: int = 4, seed: int = 0, strength: float = 0.3) -> Changes:
+    """Random factors for layers whose weight shapes are given."""
+    source = torch.Generator().manual_seed(seed)
+    made = {}
+    for layer, shape in layers.items():
+        down = torch.randn((rank, *shape[1:]), generator=source) * strength
+        up = torch.randn((shape[0], rank, *((1, 1) if len(shape) == 4 else ())), generator=source) * strength
+        made[layer] = (down, up, float(rank // 2))
+    return made
+
+
+KOHYA = {"unet": "lora_unet", "text_encoder": "lora_te"}
+KOHYA_XL = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
+
+
+def kohya(path: Path, of: Changes, prefixes: Mapping[str, str] | None = None) -> Path:
+    tensors = {}
+    for layer, (down, up, alpha) in of.items():
+        part, rest = layer.split(".", 1)
+        inner = f"text_model.{rest}" if part != "unet" else rest
+        name = f"{(prefixes or KOHYA)[part]}_{inner.replace('.', '_')}"
+        tensors[f"{name}.lora_down.weight"] = down
+        tensors[f"{name}.lora_up.weight"] = up
+        tensors[f"{name}.alpha"] = torch.tensor(alpha)
+    save_file(tensors, path, {"ss_network_module": "networks.lora"})
+    return path
+
+
+def diffusers_file(path: Path, of: Changes) -> Path:
+    """As diffusers saves it today: alpha in the header, prefixed with the part."""
+    tensors: dict[str, Tensor] = {}
+    metadata: dict[str, Any] = {}
+    for layer, (down, up, alpha) in of.items():
+        tensors[f"{layer}.lora_A.weight"] = down
+        tensors[f"{layer}.lora_B.weight"] = up
+        part, rest = layer.split(".", 1)
+        metadata |= {f"{part}.r": down.shape[0], f"{part}.lora_alpha": alpha}
+        metadata.setdefault(f"{part}.target_modules", []).append(rest)
+    save_file(tensors, path, {"format": "pt", "lora_adapter_metadata": json.dumps(metadata)})
+    return path
+
+
+def peft_folder(path: Path, of: Changes, folders: Mapping[str, str]) -> Path:
+    """As DiffEngine writes it: a folder for each part, alpha in adapter_config.json."""
+    for part, folder in folders.items():
+        mine = {layer.split(".", 1)[1]: factors for layer, factors in of.items() if layer.startswith(f"{part}.")}
+        (path / folder).mkdir(parents=True)
+        tensors = {}
+        for layer, (down, up, _) in mine.items():
+            tensors[f"base_model.model.{layer}.lora_A.weight"] = down
+            tensors[f"base_model.model.{layer}.lora_B.weight"] = up
+        first, _, alpha = next(iter(mine.values()))
+        save_file(tensors, path / folder / "adapter_model.safetensors")
+        config = {"peft_type": "LORA", "r": first.shape[0], "lora_alpha": alpha, "use_rslora": False, "use_dora": False}
+        (path / folder / "adapter_config.json").write_text(json.dumps(config))
+    return path
