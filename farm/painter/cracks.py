@@ -58,7 +58,7 @@ def _to_edge(point: Path, way: Path, width: int, height: int) -> float:
     for at, step, size in ((point[0], way[0], width), (point[1], way[1], height)):
         if abs(step) > 1e-6:
             far.append(((size if step > 0 else 0) - at) / step)
-    return max(min(far), 0.0)
+    return float(max(min(far), 0.0))
 
 
 def _chord(middle: Path, angle: float, width: int, height: int, rng: np.random.Generator) -> tuple[Path, Path]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 from farm.painter.noise import Plane, blotch, grain, mottle, smooth_line
 from farm.painter.scene import Scene
 
-Colour = NDArray[np.float32]
+Colour = NDArray[Any]
 
 _PAINT = {
     "yellow": ((0.86, 0.70, 0.24), (0.05, 0.05, 0.07)),

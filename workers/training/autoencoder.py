@@ -101,7 +101,8 @@ def fit(
             made = model.decode(spread.sample()).sample
         mean, logvar = spread.mean.float(), spread.logvar.float()
         cost = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean()
-        return loss(made.float(), real, mask) + kl * cost
+        total: Tensor = loss(made.float(), real, mask) + kl * cost
+        return total
 
     model.train()
     train(step, {"model": model}, plan, checkpoint, averages={"model": average}, say=say)
@@ -109,6 +110,6 @@ def fit(
     model.eval()
     sample, _ = crops(pool, np.random.default_rng((plan.seed, 5)), min(64, len(pool.pixels)), whole)
     with torch.no_grad():
-        latents = torch.cat([model.encode(part).latent_dist.mean for part in sample.split(16)])
+        latents = torch.cat([model.encode(part).latent_dist.mean for part in torch.split(sample, 16)])
     model.register_to_config(scaling_factor=round(float(1.0 / latents.std()), 5))
     return model

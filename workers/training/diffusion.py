@@ -169,7 +169,8 @@ def fit(
         # Min-SNR: nearly clean latents teach little and would drown the rest.
         weight = (torch.minimum(ratio, torch.tensor(5.0)) / ratio).view(-1)
         each = (guess.float() - noise).square().mean((1, 2, 3))
-        return (each * weight).mean()
+        total: Tensor = (each * weight).mean()
+        return total
 
     modules: dict[str, nn.Module] = {"unet": unet, "text": text}
     train(step, modules, plan, checkpoint, averages=averages, say=say)
