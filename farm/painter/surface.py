@@ -84,7 +84,8 @@ def _brick(width: int, height: int, rng: np.random.Generator) -> Colour:
     brick = _tone(tuple(float(v) for v in red), shade)
     pale = float(rng.uniform(0.62, 0.74))
     paste = _tone((pale, pale * 0.97, pale * 0.91), 0.04 * grain(rng, height, width))
-    return brick * (1.0 - mortar) + paste * mortar
+    wall: Colour = brick * (1.0 - mortar) + paste * mortar
+    return wall
 
 
 def _stained(surface: Colour, rng: np.random.Generator) -> Colour:

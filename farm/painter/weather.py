@@ -12,7 +12,7 @@ def soak(surface: Colour, rng: np.random.Generator) -> Colour:
     """Streams that run down from the top edge: wet dark wall with a bluish gleam."""
     height, width = surface.shape[:2]
     x = np.arange(width, dtype=np.float32)[None, :]
-    wet = np.zeros((height, width), np.float32)
+    wet: Colour = np.zeros((height, width), np.float32)
     gleam = np.zeros((height, width), np.float32)
     down = np.arange(height, dtype=np.float32)
     heart = float(rng.uniform(0.12, 0.88)) * width
@@ -42,7 +42,8 @@ def light_up(surface: Colour, light: str, rng: np.random.Generator) -> Colour:
         return surface * (1.0 + 0.07 * float(rng.uniform(0, 1)) * across)[:, :, None]
     if light == "shade":
         tint = np.asarray((0.50, 0.55, 0.64), np.float32) * float(rng.uniform(0.88, 1.08))
-        return surface * tint * (1.0 + 0.10 * across)[:, :, None]
+        shaded: Colour = surface * tint * (1.0 + 0.10 * across)[:, :, None]
+        return shaded
     sun = np.asarray((1.16, 1.09, 0.94), np.float32) * float(rng.uniform(0.98, 1.08))
     dark = np.asarray((0.58, 0.62, 0.72), np.float32) * float(rng.uniform(0.9, 1.0))
     steep = float(rng.choice((-1.0, 1.0))) * float(rng.uniform(0.5, 1.05)) + np.pi / 2
