@@ -93,8 +93,8 @@ def jobs(
             found,
             limit,
             as_json,
-            ("ID", "STATE", "#ATTEMPT", "SEED", "CREATED", "PROMPT"),
-            lambda job: (job.id, job.state, job.attempt, job.seed, ago(job.created_at), _short(job.prompt)),
+            ("ID", "STATE", "CREATED", "PROMPT"),
+            lambda job: (job.id, job.state, ago(job.created_at), _short(job.prompt)),
             "There are no such jobs.",
         )
 
@@ -114,12 +114,11 @@ def batches(
             farm.batches(state=state, labels=labels_of(label), page=_page(limit)),
             limit,
             as_json,
-            ("ID", "NAME", "#DONE", "#OF", "CREATED", ""),
+            ("ID", "NAME", "#DONE", "CREATED", ""),
             lambda batch: (
                 batch.id,
                 _short(batch.name),
-                batch.counts.finished,
-                batch.total,
+                f"{batch.counts.finished}/{batch.total}",
                 ago(batch.created_at),
                 batch_note(batch),
             ),

@@ -30,16 +30,21 @@ def json_line(value: BaseModel | Mapping[str, Any]) -> None:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], empty: str) -> None:
-    """Rows under headings; `empty` says so if there are none. Columns whose heading starts with `#` align right."""
+    """Rows under headings; `empty` says so if there are none. Columns whose heading starts with `#` align right.
+
+    The first column stays whole on a narrow terminal: it holds what other commands are given.
+    """
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
+        right, first = column.startswith("#"), column == columns[0]
+        name = column.removeprefix("#")
         made.add_column(
-            column.removeprefix("#"), justify="right" if column.startswith("#") else "left", overflow="fold"
+            name, justify="right" if right else "left", no_wrap=first, overflow="ignore" if first else "fold"
         )
     for row in rows:
         made.add_row(*("" if cell is None else _plain(cell) for cell in row))
     if made.row_count:
-        out.print(made)
+        (out if out.is_terminal else Console(width=1_000, highlight=False)).print(made)
     else:
         typer.echo(empty)
 

@@ -10,7 +10,7 @@ from typing import IO, Any, Literal
 
 import orjson
 
-from farm.cli.reading_csv import csv_rows
+from farm.cli.reading_csv import COLUMNS, csv_rows
 from farm.cli.rows import MOST_PROBLEMS, Row, mistake, unknown
 from farm.errors import InvalidRequest, Problem
 
@@ -92,17 +92,17 @@ def _opened(path: Path, parse: Callable[[IO[bytes]], Iterator[tuple[int, Row]]])
 
 
 def _guess(start: bytes) -> Format:
-    """By the first character; an object that ends with its first line is NDJSON, unless it is a whole batch."""
+    """By how it starts; an object that ends with its first line is NDJSON, unless it is a whole batch."""
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
     if text[:1] == b"[":
         return "json"
-    if text[:1] != b"{":
-        return "csv"
     try:
         first = orjson.loads(text.split(b"\n", 1)[0])
     except ValueError:
-        return "json"
-    return "json" if "jobs" in first else "ndjson"
+        return "json" if text[:1] == b"{" else "csv"
+    if isinstance(first, dict):
+        return "json" if "jobs" in first else "ndjson"
+    return "ndjson" if isinstance(first, str) and first not in COLUMNS else "csv"
 
 
 def _document(body: bytes) -> Submission:

@@ -1,0 +1,109 @@
+"""The farm of this machine: its settings, its status, and a command line that loads little."""
+
+import doctest
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import orjson
+import psutil
+import pytest
+
+from farm.cli import app, display, local, options, render
+from farm.cli.exits import Exit
+from farm.errors import InvalidRequest, Unavailable
+from farm.settings import Settings
+from tests.cli.conftest import Run
+from tests.client.fake import FakeFarm, page
+
+COMMANDS = [command for section in app.SECTIONS.values() for command in section]
+VARIABLES = {
+    "FARM_DATABASE_URL": "postgresql://farm:a-real-secret@127.0.0.1:1/farm",
+    "FARM_REDIS_URL": "redis://:a-real-secret@127.0.0.1:1/0",
+}
+
+
+@pytest.mark.parametrize("module", [display, options, render])
+def test_examples_in_docstrings(module: object) -> None:
+    assert doctest.testmod(module).failed == 0  # type: ignore[arg-type]
+
+
+def test_help_loads_nothing_heavy() -> None:
+    heavy = "'torch', 'celery', 'kombu', 'boto3', 'fastapi', 'sqlalchemy', 'numpy', 'PIL', 'httpx'"
+    code = f"import sys, farm.cli.app; sys.exit(str([name for name in ({heavy}) if name in sys.modules] or ''))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == ""
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.__name__)
+def test_every_command_explains_itself(run: Run, command: object) -> None:
+    name = command.__name__  # type: ignore[attr-defined]
+    result = run(name, "--help")
+    assert result.exit_code == 0
+    assert ("--data-dir" in result.stdout) == (name != "version")
+
+
+def test_settings_of_a_running_farm_come_from_its_data_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in os.environ if name.startswith("FARM_")]:
+        monkeypatch.delenv(name)
+    with pytest.raises(Unavailable, match="farm up"):
+        local.settings(tmp_path)
+    (tmp_path / "environment.json").write_text(json.dumps(VARIABLES))
+    assert isinstance(local.settings(tmp_path), Settings)
+    monkeypatch.setenv("FARM_DATABASE_URL", "postgresql://farm:elsewhere@db:5432/farm")
+    with pytest.raises(InvalidRequest) as raised:
+        local.settings(tmp_path)
+    assert raised.value.problems == [{"field": "FARM_REDIS_URL", "problem": "Field required"}], (
+        "no mixture of two farms"
+    )
+
+
+def test_status_tells_who_is_really_there(run: Run, fake: FakeFarm) -> None:
+    me = psutil.Process()
+    services = [
+        {"name": "api", "pid": me.pid, "created": me.create_time(), "address": "http://x", "state": "healthy"},
+        {"name": "worker", "pid": me.pid, "created": 1.0, "address": "cpu", "state": "healthy"},
+    ]
+    Path(".farm").mkdir()
+    Path(".farm/stack.json").write_text(json.dumps(services))
+    fake.on("GET", "/api/v1/queue", page())
+    fake.on("GET", "/api/v1/workers", page())
+    result = run("status", "--json")
+    assert result.exit_code == 0, result.output
+    assert orjson.loads(result.stdout) == {
+        "services": [
+            {"name": "api", "pid": me.pid, "address": "http://x", "state": "healthy"},
+            {"name": "worker", "pid": None, "address": "cpu", "state": "stopped"},
+        ],
+        "lanes": [],
+        "workers": [],
+    }
+    assert "The queue is empty." in run("status").stdout
+
+
+def test_status_of_an_unreachable_farm_shows_what_is_known(run: Run, fake: FakeFarm) -> None:
+    result = run("status", "--json")
+    assert orjson.loads(result.stdout) == {"services": [], "lanes": [], "workers": []}
+    assert result.exit_code == Exit.NOT_FOUND, "the fake has no such route"
+
+
+def test_down_where_nothing_runs(run: Run) -> None:
+    result = run("down", "--data-dir", "nothing-here")
+    assert result.exit_code == 0
+    assert "No farm was running" in result.stdout
+
+
+def test_version(run: Run) -> None:
+    assert set(orjson.loads(run("version", "--json").stdout)) == {"version"}
+    assert run("version").stdout.strip()
+
+
+def test_parts_need_to_know_their_farm(run: Run) -> None:
+    for part in ("api", "worker", "sweeper", "flower", "migrate"):
+        result = run(part)
+        assert result.exit_code == Exit.UNREACHABLE
+        assert "FARM_DATABASE_URL" in result.stderr

@@ -1,0 +1,173 @@
+"""Looking at what the farm has and changing it, and the exit codes of it all."""
+
+from pathlib import Path
+from uuid import uuid4
+
+import orjson
+import pytest
+
+from farm.cli import batches
+from farm.cli.exits import Exit
+from tests.cli.conftest import Run
+from tests.client.fake import FakeFarm, Reply, batch_document, job_document, page, problem, serve_pictures
+
+API = "/api/v1"
+
+
+@pytest.mark.parametrize(
+    ("reply", "code"),
+    [
+        (problem(404, "not-found", "there is no batch x"), Exit.NOT_FOUND),
+        (problem(401, "unauthorized"), Exit.AUTH),
+        (problem(403, "forbidden"), Exit.AUTH),
+        (problem(503, "unavailable"), Exit.UNREACHABLE),
+        (problem(409, "conflict"), Exit.FAILED),
+        (problem(422, "invalid-request"), Exit.USAGE),
+        (problem(500, "internal"), Exit.FAILED),
+        (Reply(hang_up=True), Exit.UNREACHABLE),
+    ],
+)
+def test_exit_codes_say_what_went_wrong(run: Run, fake: FakeFarm, reply: Reply, code: Exit) -> None:
+    fake.on("GET", f"{API}/batches/x", reply)
+    result = run("watch", "x")
+    assert result.exit_code == code
+    assert result.stderr.startswith("farm: ")
+    assert not result.stdout
+
+
+def test_no_farm_here(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FARM_URL")
+    result = run("jobs", "--data-dir", "empty")
+    assert result.exit_code == Exit.UNREACHABLE
+    assert "farm up" in result.stderr
+
+
+def test_interrupted(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(batches, "follow", interrupt)
+    monkeypatch.setattr("farm.client.Farm.batch", lambda *_: None)
+    assert run("watch", "x").exit_code == Exit.INTERRUPTED
+
+
+def test_watching_for_scripts(run: Run, fake: FakeFarm) -> None:
+    batch = batch_document(2, queued=2)
+    done = batch | {"counts": {"succeeded": 2}}
+    fake.on("GET", f"{API}/batches/{batch['id']}", Reply(body=batch), Reply(body=batch), Reply(body=done))
+    result = run("watch", batch["id"], "--json")
+    assert result.exit_code == 0
+    assert [orjson.loads(line)["counts"]["succeeded"] for line in result.stdout.splitlines()] == [0, 2]
+
+
+def test_downloading(run: Run, fake: FakeFarm) -> None:
+    batch_id = serve_pictures(fake, job_document(0), job_document(1))
+    fake.on("GET", f"{API}/batches/{batch_id}", Reply(body=batch_document(2, succeeded=2) | {"id": batch_id}))
+    for fetched in (2, 0):
+        result = run("download", batch_id, "--out", "pictures", "--json")
+        assert result.exit_code == 0, result.output
+        assert orjson.loads(result.stdout) == {
+            "folder": "pictures",
+            "manifest": "pictures/manifest.ndjson",
+            "fetched": fetched,
+            "kept": 2 - fetched,
+        }
+    assert len(list(Path("pictures").glob("*.png"))) == 2
+
+
+def test_jobs_are_listed_as_asked_for(run: Run, fake: FakeFarm) -> None:
+    listed = [job_document(number, prompt="[red] wall") for number in range(3)]
+    fake.on("GET", f"{API}/jobs", page(*listed))
+    arguments = ["jobs", "--state", "succeeded", "--state", "failed", "--label", "a=b", "--limit", "2"]
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    assert listed[1]["id"] in result.stdout
+    assert listed[2]["id"] not in result.stdout
+    assert "[red] wall" in result.stdout, "a prompt is no markup"
+    assert "--limit 0 shows all" in result.stderr
+    assert fake.asked[0].query == {"state": ["succeeded", "failed"], "label": ["a=b"], "limit": ["3"]}
+    lines = run(*arguments, "--json").stdout.splitlines()
+    assert [orjson.loads(line)["id"] for line in lines] == [one["id"] for one in listed[:2]]
+
+
+def test_batches_are_listed(run: Run, fake: FakeFarm) -> None:
+    batch = batch_document(4, succeeded=1, failed=1, queued=2) | {"paused": True}
+    fake.on("GET", f"{API}/batches", page(batch))
+    result = run("batches", "--state", "paused")
+    assert batch["id"] in result.stdout
+    assert "1 failed, paused" in result.stdout
+    assert run("batches", "--state", "odd").exit_code == Exit.USAGE
+
+
+def test_nothing_to_list(run: Run, fake: FakeFarm) -> None:
+    fake.on("GET", f"{API}/jobs", page())
+    assert run("jobs").stdout == "There are no such jobs.\n"
+    assert run("jobs", "--json").stdout == ""
+
+
+def test_an_id_may_be_a_batch_or_a_job(run: Run, fake: FakeFarm) -> None:
+    batch, job, nothing = batch_document(), job_document(state="cancelled"), uuid4()
+    fake.on("POST", f"{API}/batches/{batch['id']}/cancel", Reply(body=batch))
+    fake.on("POST", f"{API}/jobs/{job['id']}/cancel", Reply(body=job))
+    result = run("cancel", batch["id"], nothing, job["id"])
+    assert result.stdout == f"{batch['id']} cancelled\n{job['id']} cancelled\n", "one failure does not stop the rest"
+    assert f"there is no batch and no job {nothing}" in result.stderr
+    assert result.exit_code == Exit.NOT_FOUND
+
+
+@pytest.mark.parametrize("verb", ["pause", "resume", "retry"])
+def test_verbs_of_batches(run: Run, fake: FakeFarm, verb: str) -> None:
+    batch = batch_document()
+    fake.on("POST", f"{API}/batches/{batch['id']}/{verb}", Reply(body=batch))
+    result = run(verb, batch["id"], "--json")
+    assert orjson.loads(result.stdout)["id"] == batch["id"]
+
+
+def test_priority(run: Run, fake: FakeFarm) -> None:
+    fake.on("POST", f"{API}/batches/b/priority", Reply(body=batch_document()))
+    assert run("priority", "--", "b", "-5").exit_code == 0
+    assert fake.asked[0].lines == [{"priority": -5}]
+
+
+def test_deleting_wants_to_be_meant(run: Run, fake: FakeFarm) -> None:
+    fake.on("DELETE", f"{API}/batches/b", Reply(204, b""))
+    assert run("delete", "b").exit_code == Exit.USAGE
+    assert not fake.asked
+    assert run("delete", "b", "--yes").stdout == "b deleted\n"
+
+
+def test_keys_through_the_api(run: Run, fake: FakeFarm) -> None:
+    key = {
+        "id": str(uuid4()),
+        "name": "ci",
+        "prefix": "farm_abc",
+        "project": "walls",
+        "scopes": ["jobs:read"],
+        "created_at": "2030-01-01T00:00:00Z",
+    }
+    fake.on("POST", f"{API}/keys", Reply(201, key | {"key": "farm_abcdef"}))
+    fake.on("GET", f"{API}/keys", page(key))
+    fake.on("DELETE", f"{API}/keys/{key['id']}", Reply(204, b""))
+    made = run("keys", "create", "ci", "--project", "walls", "--scope", "jobs:read", "--expires", "30d")
+    assert made.stdout == "farm_abcdef\n", "the key alone, for scripts"
+    assert fake.asked[0].lines[0]["scopes"] == ["jobs:read"]
+    assert fake.asked[0].lines[0]["expires_at"]
+    assert "walls" in run("keys", "list").stdout
+    assert run("keys", "revoke", key["id"]).exit_code == 0
+    assert run("keys", "revoke", "farm_abc").exit_code == Exit.NOT_FOUND
+    assert run("keys", "create", "ci", "--expires", "2001-01-01").exit_code == Exit.USAGE
+
+
+def test_models_are_listed(run: Run, fake: FakeFarm) -> None:
+    model = {
+        "name": "crack-tiny",
+        "hash": "a" * 64,
+        "family": "crack-tiny",
+        "state": "available",
+        "bytes": 5_000_000,
+        "created_at": "2030-01-01T00:00:00Z",
+    }
+    fake.on("GET", f"{API}/checkpoints", page(model | {"profile": {}}))
+    fake.on("GET", f"{API}/adapters", page(model | {"name": "lcm", "kind": "acceleration"}))
+    lines = [orjson.loads(line) for line in run("models", "list", "--json").stdout.splitlines()]
+    assert [(line["name"], line["kind"]) for line in lines] == [("crack-tiny", "checkpoint"), ("lcm", "acceleration")]
