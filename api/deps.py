@@ -25,6 +25,7 @@ T = TypeVar("T")
 SMALL_BYTES = 1024 * 1024
 SMALL_AT_ONCE = 8
 LARGE_AT_ONCE = 2
+WATCHING_AT_ONCE = 2
 """Submissions checked at once. Checking is bound by the interpreter lock: more large ones would only take turns, and
 small ones must not wait behind them."""
 
@@ -59,6 +60,7 @@ class Farm:
         self._loop = asyncio.get_running_loop()
         size = self.settings.database_pool_size
         self._waiting = CapacityLimiter(size)
+        self._watching = CapacityLimiter(WATCHING_AT_ONCE)
         self._leaving = CapacityLimiter(size)
         self._small = CapacityLimiter(SMALL_AT_ONCE)
         self._large = CapacityLimiter(LARGE_AT_ONCE)
@@ -70,6 +72,10 @@ class Farm:
     async def waiting(self, call: Callable[[], T]) -> T:
         """Run something short that waits for a connection."""
         return await anyio.to_thread.run_sync(call, limiter=self._waiting)
+
+    async def watching(self, call: Callable[[], T]) -> T:
+        """The same for event streams, which may be many and must not keep requests waiting."""
+        return await anyio.to_thread.run_sync(call, limiter=self._watching)
 
     async def leaving(self, call: Callable[[], bool | None]) -> bool:
         """Run the end of a transaction, also when the request was cancelled: the connection must go back."""

@@ -73,7 +73,7 @@ class _Stream:
             with self._farm.database.transaction() as conn:
                 return jobs.events(conn, self._project_id, self._batch_id, self._after)
 
-        found = await self._farm.waiting(read)
+        found = await self._farm.watching(read)
         if found:
             self._after = found[-1].id
         return found

@@ -49,10 +49,10 @@ def small(settings: Settings) -> Settings:
 
 @pytest.fixture(scope="session", autouse=True)
 def _plain_logs() -> Iterator[None]:
-    """Warnings only, and tracebacks without local variables."""
+    """Tracebacks without local variables: a console in colours takes half a minute to draw those."""
     structlog.configure(
         processors=[structlog.processors.format_exc_info, structlog.processors.KeyValueRenderer()],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
     )
     yield
     structlog.reset_defaults()

@@ -7,12 +7,15 @@ from typing import Any
 import httpx
 import orjson
 import pytest
+from fastapi.routing import APIRoute
 from sqlalchemy import text
 
 from api import bodies
+from api.bodies import json_bytes
+from api.deps import Needs, transaction
 from api.examples import BATCH, FULL_JOB, JOB, JOBS_WITH_COUNT, NDJSON
+from api.main import NOUNS
 from farm.states import Outcome
-from farm.submission import Prepared
 from farm.views import BatchView
 from tests.api.conftest import PROMPT, Api, problem_of, until
 
@@ -213,24 +216,31 @@ def test_an_upload_that_breaks_off_leaves_nothing(api: Api) -> None:
     assert sum(api.stored().values()) == 0
 
 
-def test_a_slow_upload_holds_no_connection(api: Api) -> None:
-    """More uploads that trickle in than there are connections, and others are served all the same."""
+@pytest.mark.parametrize(
+    ("path", "kind", "halves"),
+    [
+        ("/jobs", "application/json", (b'{"prompt":', b' "a"}')),
+        ("/batches", "application/json", (b'{"jobs": [', b'{"prompt": "a"}]}')),
+        ("/batches", "application/x-ndjson", (b'{"prompt": "a"}\n', b'{"prompt": "b"}\n')),
+    ],
+)
+def test_slow_bodies_hold_no_connection(api: Api, path: str, kind: str, halves: tuple[bytes, bytes]) -> None:
+    """More bodies that trickle in than there are connections, and others are served all the same."""
     going = threading.Event()
     arrived = threading.Semaphore(0)
-
-    def pieces() -> Any:
-        yield ndjson({"prompt": "a"})
-        arrived.release()
-        assert going.wait(20)
-        yield ndjson({"prompt": "b"})
-
     answers: list[httpx.Response] = []
 
-    def upload() -> None:
-        with api.client(api.key) as client:
-            answers.append(client.post("/batches", content=pieces(), headers=LINES))
+    def pieces() -> Any:
+        yield halves[0]
+        arrived.release()
+        assert going.wait(20)
+        yield halves[1]
 
-    threads = [threading.Thread(target=upload) for _ in range(api.settings.database_pool_size + 2)]
+    def send() -> None:
+        with api.client(api.key) as client:
+            answers.append(client.post(path, content=pieces(), headers={"Content-Type": kind}))
+
+    threads = [threading.Thread(target=send) for _ in range(api.settings.database_pool_size + 2)]
     for thread in threads:
         thread.start()
     for _ in threads:
@@ -240,6 +250,20 @@ def test_a_slow_upload_holds_no_connection(api: Api) -> None:
     for thread in threads:
         thread.join(20)
     assert [answer.status_code for answer in answers] == [201] * len(threads)
+
+
+def test_bodies_are_read_before_a_transaction_opens() -> None:
+    """The order of a route's parameters decides, so every route is looked at."""
+    seen = 0
+    for noun in NOUNS:
+        for route in noun.router.routes:
+            assert isinstance(route, APIRoute)
+            calls = [dependency.call for dependency in route.dependant.dependencies]
+            if json_bytes in calls and transaction in calls:
+                seen += 1
+                assert calls.index(json_bytes) < calls.index(transaction), route.name
+                assert isinstance(calls[0], Needs), route.name
+    assert seen == 3
 
 
 def test_more_requests_than_threads_and_connections_all_get_answers(fresh: Any) -> None:
@@ -296,7 +320,6 @@ def open_files(folder: Path) -> int:
 
 
 def test_spooled_rows_are_closed_after_use(api: Api) -> None:
-    assert issubclass(Prepared, object)
     api.http.post("/batches", content=ndjson({"prompt": "a"}), headers=LINES)
     api.http.post("/batches", content=b"nonsense", headers=LINES)
     folder = api.settings.spool_dir

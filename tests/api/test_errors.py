@@ -5,10 +5,11 @@ from typing import Any
 
 import httpx
 import pytest
+import structlog
 
 from api.errors import BY_STATUS, STATUS
 from farm import errors, jobs
-from tests.api.conftest import Api, problem_of
+from tests.api.conftest import Api, problem_of, until
 
 
 def kinds(root: type[errors.FarmError] = errors.FarmError) -> Iterator[type[errors.FarmError]]:
@@ -69,3 +70,15 @@ def test_request_ids_are_ours_unless_they_are_sensible(api: Api) -> None:
         given = api.http.get("/version", headers={"X-Request-Id": odd}).headers["x-request-id"]
         assert given != odd
         assert len(given) == 32
+
+
+def test_the_access_log_names_the_project_and_keeps_the_query_out(api: Api) -> None:
+    with structlog.testing.capture_logs() as lines:
+        api.http.get("/jobs?label=secret=1", headers={"X-Request-Id": "r1"})
+        until(lambda: lines)
+    (line,) = lines
+    assert line["event"] == "request"
+    assert (line["method"], line["path"], line["status"], line["project"]) == ("GET", "/api/v1/jobs", 200, "cracks")
+    assert line["milliseconds"] > 0
+    assert "secret" not in str(line)
+    assert api.key not in str(line)
