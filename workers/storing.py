@@ -88,7 +88,8 @@ class Storing:
         height, width, _ = pixels.shape
         image = StoredImage(
             key=image_key(job.project_id, job.id, job.attempt, sha256, "png"),
-            thumbnail_key=image_key(job.project_id, job.id, job.attempt, sha256, "webp"),
+            # Each object's key ends in its own hash; the API reads a thumbnail's from there.
+            thumbnail_key=image_key(job.project_id, job.id, job.attempt, hashlib.sha256(thumbnail).hexdigest(), "webp"),
             sha256=sha256,
             bytes=len(png),
             width=width,

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 from uuid import uuid4
 
@@ -22,7 +22,7 @@ def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(events, "POLL_SECONDS", 0.02)
 
 
-def stream(api: Api, batch: dict[str, Any], after: str | None = None) -> Iterator[Event]:
+def stream(api: Api, batch: dict[str, Any], after: str | None = None) -> Generator[Event, None, None]:
     """The batch's events as they arrive."""
     headers = {} if after is None else {"Last-Event-ID": after}
     parser = Parser()
@@ -92,7 +92,7 @@ def test_a_long_history_comes_without_pauses(api: Api, monkeypatch: pytest.Monke
         api.render(100)
     began = time.monotonic()
     found = stream(api, batch)
-    told = set()
+    told: set[str] = set()
     while len(told) < 500:
         event = next(found)
         if event.event == "job":

@@ -13,7 +13,7 @@ from farm.submission import JobSpec
 
 @pytest.fixture(scope="module")
 def document() -> dict[str, Any]:
-    plain = Settings(database_url="postgresql://farm:long@localhost/x", redis_url="redis://:long@localhost/0")  # type: ignore[arg-type]
+    plain = Settings(database_url="postgresql://farm:long@localhost/x", redis_url="redis://:long@localhost/0")
     return create_app(plain).openapi()
 
 
