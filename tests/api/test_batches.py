@@ -103,7 +103,11 @@ def test_an_endless_line_is_refused(api: Api, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_rehearsal_counts_and_stores_nothing(api: Api) -> None:
-    rows = [{"prompt": "a", "negative_prompt": "x"}, {"prompt": "b", "count": 3}, {"prompt": "c", "width": 64}]
+    rows: list[dict[str, Any]] = [
+        {"prompt": "a", "negative_prompt": "x"},
+        {"prompt": "b", "count": 3},
+        {"prompt": "c", "width": 64},
+    ]
     rows.append({"prompt": "d", "adapters": [{"name": "moss"}]})
     wanted = {"jobs": 6, "lanes": 2, "pipelines": 2}
     for answer in (

@@ -25,7 +25,7 @@ def test_the_table_holds_every_code_and_no_other() -> None:
     assert set(BY_STATUS.values()) <= set(STATUS)
 
 
-@pytest.mark.parametrize("kind", sorted(set(kinds()), key=lambda kind: kind.__name__))
+@pytest.mark.parametrize("kind", sorted(set(kinds()), key=str))
 def test_every_error_has_its_answer(api: Api, monkeypatch: pytest.MonkeyPatch, kind: type[errors.FarmError]) -> None:
     def fail(_: Any) -> None:
         raise kind("it is at 10.0.0.1", near=["moss"])
