@@ -96,8 +96,10 @@ class Catalogue:
         size = {"width": width or profile["width"], "height": height or profile["height"]}
         low, high = profile.get("min_size", 64), profile.get("max_size", 2048)
         for name, value in size.items():
-            if not low <= value <= high:
-                problems.append({"field": name, "problem": f"{base.name} renders {low}..{high} pixels, not {value}"})
+            multiple = profile.get("size_multiple", 8)
+            if not low <= value <= high or value % multiple:
+                problem = f"{base.name} renders {low}..{high} pixels in steps of {multiple}, not {value}"
+                problems.append({"field": name, "problem": problem})
         if problems:
             return problems
         teacher = {"steps": profile.get("teacher_steps", TEACHER_STEPS)}
@@ -175,8 +177,11 @@ def load(conn: Connection, store: ObjectStore | None = None) -> Catalogue:
             adapters[row["name"]] = AdapterView(**row)
     if store is None:
         return Catalogue(checkpoints, adapters)
-    counter = TokenCounter({view.hash: files(conn, view.hash) for view in checkpoints.values()}, store.get)
-    return Catalogue(checkpoints, adapters, counter.count)
+    tokenizers = rows.tokenizer_files(conn, [view.hash for view in checkpoints.values()])
+    keys: dict[str, dict[str, str]] = {}
+    for row in tokenizers:
+        keys.setdefault(row["hash"], {})[row["path"]] = row["key"]
+    return Catalogue(checkpoints, adapters, TokenCounter(keys, store.get).count)
 
 
 def list_checkpoints(conn: Connection) -> list[CheckpointView]:

@@ -1,19 +1,10 @@
 """Counting prompt tokens as CLIP does, without torch."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import Protocol
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-
-
-class TokenizerFile(Protocol):
-    @property
-    def path(self) -> str: ...
-    @property
-    def key(self) -> str: ...
-
 
 # CLIP's own splitting rule (openai/CLIP, simple_tokenizer.py).
 CLIP_PATTERN = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
@@ -26,15 +17,15 @@ _loaded: dict[str, Tokenizer] = {}
 
 
 class TokenCounter:
-    """Counts tokens of prompts for checkpoints given by hash. Fetches a tokenizer when it is first needed."""
+    """Counts tokens of prompts for checkpoints given by hash. Fetches a tokenizer when it is first needed.
 
-    def __init__(self, files: Mapping[str, Sequence[TokenizerFile]], fetch: Callable[[str], bytes]) -> None:
-        self._keys = {
-            checkpoint: {file.path: file.key for file in listed if file.path.startswith("tokenizer/")}
-            for checkpoint, listed in files.items()
-        }
+    `keys` gives, for each checkpoint hash, the object key of each of its tokenizer files by path.
+    """
+
+    def __init__(self, keys: Mapping[str, Mapping[str, str]], fetch: Callable[[str], bytes]) -> None:
+        self._keys = keys
         self._fetch = fetch
-        self._count = lru_cache(maxsize=50_000)(self._uncached)
+        self._count = lru_cache(maxsize=4_096)(self._uncached)
 
     def count(self, checkpoint: str, prompt: str) -> int | None:
         """Tokens of a prompt without start and end marks; None when the checkpoint has no tokenizer."""

@@ -59,6 +59,12 @@ def files(conn: Connection, content_hash: str) -> Sequence[RowMapping]:
     return conn.execute(statement, {"hash": content_hash}).mappings().all()
 
 
+def tokenizer_files(conn: Connection, hashes: Sequence[str]) -> Sequence[RowMapping]:
+    """Where the tokenizers of these checkpoints lie."""
+    statement = text("SELECT hash, path, key FROM model_files WHERE hash = ANY(:hashes) AND path LIKE 'tokenizer/%'")
+    return conn.execute(statement, {"hashes": list(hashes)}).mappings().all()
+
+
 def insert_files(conn: Connection, content_hash: str, listed: Sequence[File]) -> None:
     """Remember where the files of a content lie."""
     conn.execute(

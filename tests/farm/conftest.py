@@ -19,7 +19,15 @@ from farm.views import AdapterView, BatchView, CheckpointView
 
 def catalogue() -> Catalogue:
     now = datetime.now(UTC)
-    profile = {"width": 128, "height": 128, "min_size": 64, "max_size": 256, "steps": 4, "guidance_scale": 1.0}
+    profile = {
+        "width": 128,
+        "height": 128,
+        "min_size": 64,
+        "max_size": 256,
+        "size_multiple": 32,
+        "steps": 4,
+        "guidance_scale": 1.0,
+    }
 
     def base(name: str, mark: str, family: str) -> CheckpointView:
         return CheckpointView(

@@ -43,6 +43,7 @@ def refused(plain: Settings, row: Any, **defaults: Any) -> list[dict[str, Any]]:
         ({"prompt": "x", "adapters": [{"name": "moss", "weight": 11}]}, "adapters.0.weight", "less than or equal"),
         ({"prompt": "x", "width": 130}, "width", "multiple of 8"),
         ({"prompt": "x", "width": 512}, "width", "renders 64..256"),
+        ({"prompt": "x", "width": 136}, "width", "in steps of 32"),
         ({"prompt": "x", "height": 32}, "height", "renders 64..256"),
         ({"prompt": "x", "width": "128"}, "width", "valid integer"),
         ({"prompt": "x", "steps": 0}, "steps", "greater than"),
