@@ -1,0 +1,260 @@
+"""Pictures a second of the whole farm, beside a bare diffusers loop and beside a plain Celery task.
+
+    python benchmarks/rendering.py [--jobs 400] [--rounds 3] [--contender farm]... [--model FOLDER]
+
+farm    everything `farm up` starts, durable; one batch over HTTP, from its submission to the end of its last job
+bare    benchmarks/rivals/bare.py: the same micro-batch size, the same PNG and thumbnail, to disk, nothing else
+celery  benchmarks/rivals/plain_celery.py: a picture a task, Pillow's default PNG, boto3, the same Valkey and S3
+
+The rivals' settings are tried out first and the best are taken. Every round lets each contender render the same jobs,
+one after the other, all warm; jobs differ from round to round, so no prompt is known from before. Ratios are those of
+the median times.
+"""
+
+import argparse
+import io
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from celery import Celery
+from PIL import Image
+
+from farm import catalogue
+from farm.client import Farm
+from farm.painter import caption, sample_scene
+from farm.recipe import AdapterUse, Recipe
+from farm.settings import Settings
+from farm.stack.processes import Identity, end, spawn, tail
+from farm.stack.stack import Stack
+from workers.pictures import metadata
+
+HERE = Path(__file__).parent
+WARM_UP = 32
+ASK_SECONDS = 0.1
+PATIENCE = 900
+"""Seconds after which one contender's round is given up."""
+TARGETS = {"bare": 0.9, "celery": 1.5}
+CELERY_CHOICES = (("threads", 1), ("threads", 2), ("prefork", 1), ("prefork", 2))
+"""Pool of two, and torch threads in each."""
+
+Jobs = list[dict[str, Any]]
+Contender = Callable[[Jobs], float]
+
+
+@dataclass
+class Ground:
+    """Where everybody works: the farm's own servers and a folder."""
+
+    folder: Path
+    model: Path
+    settings: Settings
+    farm: Farm
+    side: int
+    steps: int
+    first: dict[str, Image.Image] = field(default_factory=dict)
+    """The first picture of the last round, by contender."""
+
+    @property
+    def redis_url(self) -> str:
+        """A database of Valkey that the farm does not use."""
+        return self.settings.redis_url.get_secret_value().rsplit("/", 1)[0] + "/1"
+
+
+def make_jobs(count: int, round_number: int) -> Jobs:
+    rng = np.random.default_rng((7, round_number))
+    return [{"prompt": caption(sample_scene(rng), rng), "seed": round_number * 100_000 + n} for n in range(count)]
+
+
+def through_the_farm(ground: Ground) -> Contender:
+    def run(jobs: Jobs) -> float:
+        start = time.perf_counter()
+        batch = ground.farm.submit_many(jobs, name="benchmark")
+        while batch.counts.succeeded + batch.counts.failed + batch.counts.cancelled < len(jobs):
+            if time.perf_counter() - start > PATIENCE:
+                raise SystemExit(f"the farm is not done after {PATIENCE} s: {batch.counts}")
+            time.sleep(ASK_SECONDS)
+            batch = ground.farm.batch(batch.id)
+        elapsed = time.perf_counter() - start
+        if batch.counts.succeeded != len(jobs):
+            raise SystemExit(f"not every job succeeded: {batch.counts}")
+        first = next(iter(ground.farm.jobs(batch=batch.id, page=1)))
+        ground.first["farm"] = Image.open(io.BytesIO(ground.farm.image(first)))
+        return elapsed
+
+    return run
+
+
+def bare_loop(ground: Ground) -> Contender:
+    cores = os.cpu_count() or 1
+    known: list[Any] = []
+    base = next(one for one in ground.farm.checkpoints() if one.name == "crack-tiny")
+    lora = next(one for one in ground.farm.adapters() if one.name == "crack-tiny-lcm")
+
+    def texts(job: dict[str, Any]) -> dict[str, str]:
+        recipe = Recipe(
+            **job, width=ground.side, height=ground.side, steps=ground.steps, guidance_scale=1.0, scheduler="lcm",
+            checkpoint=base.hash, acceleration=AdapterUse(hash=lora.hash, weight=1.0),
+        )  # fmt: skip
+        return metadata(recipe, names={"checkpoint": base.name, "acceleration": "lcm-lora"}, labels={})
+
+    def run(jobs: Jobs) -> float:
+        out = ground.folder / "bare"
+        out.mkdir(exist_ok=True)
+        orders = {
+            "model": str(ground.model), "out": str(out), "jobs": jobs, "texts": [texts(job) for job in jobs],
+            "micro_batch": ground.settings.micro_batch, "side": ground.side, "steps": ground.steps,
+            "png_compress_level": ground.settings.png_compress_level,
+            "thumbnail_pixels": ground.settings.thumbnail_pixels,
+            "threads": sorted({1, max(1, cores // 2), cores}), "settings": known or None, "measure": bool(known),
+        }  # fmt: skip
+        path = ground.folder / "orders.json"
+        path.write_text(json.dumps(orders))
+        done = subprocess.run(
+            [sys.executable, HERE / "rivals" / "bare.py", path], stdout=subprocess.PIPE, timeout=PATIENCE, check=True
+        )
+        answer = json.loads(done.stdout)
+        if not known:
+            known[:] = answer["settings"]
+            print(f"bare: torch threads {known[0]}, memory layout {known[1]}, VAE sliced {known[2]}", flush=True)
+        elif len(list(out.glob("*.png"))) != len(jobs):
+            raise SystemExit("the bare loop left pictures out")
+        ground.first["bare"] = Image.open(io.BytesIO((out / "0.png").read_bytes()))
+        return float(answer["seconds"])
+
+    return run
+
+
+@contextmanager
+def celery_worker(ground: Ground, pool: str, torch_threads: int) -> Iterator[Celery]:
+    """A worker with a pool of two, and an app to submit with."""
+    secret = ground.settings.s3_secret_access_key
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
+        "PLAIN_REDIS_URL": ground.redis_url,
+        "PLAIN_MODEL": str(ground.model),
+        "PLAIN_TORCH_THREADS": str(torch_threads),
+        "OMP_NUM_THREADS": str(torch_threads),
+        "PLAIN_S3_URL": ground.settings.s3_endpoint_url or "",
+        "PLAIN_BUCKET": ground.settings.s3_bucket,
+        "AWS_ACCESS_KEY_ID": ground.settings.s3_access_key_id or "",
+        "AWS_SECRET_ACCESS_KEY": secret.get_secret_value() if secret else "",
+        "AWS_DEFAULT_REGION": ground.settings.s3_region,
+    }
+    command = [sys.executable, "-m", "celery", "--app=rivals.plain_celery", "worker", f"--pool={pool}"]
+    command += ["--concurrency=2", "--loglevel=WARNING"]
+    log = ground.folder / "celery.log"
+    process = spawn(command, environment=environment, log=log, directory=ground.folder)
+    identity = Identity.of(process.pid)
+    try:
+        yield Celery("submitter", broker=ground.redis_url, backend=ground.redis_url)
+        if process.poll() is not None:
+            raise SystemExit(f"the plain Celery worker ended:{tail(log)}")
+    finally:
+        if identity is not None:
+            end(identity, grace=20)
+        process.wait()
+
+
+def run_celery(ground: Ground, app: Celery, jobs: Jobs) -> float:
+    start = time.perf_counter()
+    sent = [
+        app.send_task("plain.render", (job["prompt"], job["seed"], ground.steps, ground.side, f"plain/{job['seed']}"))
+        for job in jobs
+    ]
+    for one in sent:
+        one.get(timeout=PATIENCE)
+    return time.perf_counter() - start
+
+
+def plain_celery(ground: Ground) -> Contender:
+    best: list[tuple[str, int]] = []
+
+    def once(choice: tuple[str, int], jobs: Jobs) -> float:
+        with celery_worker(ground, *choice) as app:
+            run_celery(ground, app, make_jobs(WARM_UP, -1))
+            return run_celery(ground, app, jobs)
+
+    def run(jobs: Jobs) -> float:
+        if not best:
+            tried = {choice: once(choice, make_jobs(WARM_UP * 2, -2)) for choice in CELERY_CHOICES}
+            best.append(min(tried, key=tried.__getitem__))
+            told = ", ".join(f"{pool} x {n} torch threads {WARM_UP * 2 / s:.1f}/s" for (pool, n), s in tried.items())
+            print(f"celery: {told}", flush=True)
+            return tried[best[0]]
+        return once(best[0], jobs)
+
+    return run
+
+
+CONTENDERS: dict[str, Callable[[Ground], Contender]] = {
+    "farm": through_the_farm,
+    "bare": bare_loop,
+    "celery": plain_celery,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=400)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--contender", action="append", choices=list(CONTENDERS), help="only these")
+    parser.add_argument(
+        "--model", type=Path, default=catalogue.ASSETS, help="folder laid out as farm/assets/crack-tiny"
+    )
+    options = parser.parse_args()
+    # Being asked to leave ends in the same order as being done: nothing stays behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    catalogue.ASSETS = options.model.absolute()
+    profile = json.loads((catalogue.ASSETS / "profile.json").read_text())
+    with tempfile.TemporaryDirectory(prefix="farm-bench-") as name:
+        folder = Path(name)
+        folder.chmod(0o711)
+        os.environ["FARM_CACHE_DIR"] = str(folder / "cache")
+        with Stack(folder / "data", port=0) as stack, Farm(data_dir=folder / "data") as client:
+            ground = Ground(folder, catalogue.ASSETS, stack.settings, client, profile["width"], profile["steps"])
+            found = measure(ground, options.contender or list(CONTENDERS), options.jobs, options.rounds)
+    report(found, options.jobs)
+    if {"farm", "bare"} <= set(ground.first):
+        pair = [np.asarray(ground.first[who], dtype=np.int16) for who in ("farm", "bare")]
+        print(f"one picture of both: largest difference of a colour value {np.abs(pair[0] - pair[1]).max()} of 255")
+
+
+def measure(ground: Ground, names: list[str], jobs: int, rounds: int) -> dict[str, list[float]]:
+    """Seconds of every round. The round before the first warms up and tries out, and does not count."""
+    ready = {name: CONTENDERS[name](ground) for name in names}
+    for run in ready.values():
+        run(make_jobs(WARM_UP, 0))
+    found: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(1, rounds + 1):
+        for name, run in ready.items():
+            found[name].append(run(make_jobs(jobs, number)))
+            print(f"round {number}: {name:6} {found[name][-1]:7.2f} s", flush=True)
+    return found
+
+
+def report(found: dict[str, list[float]], jobs: int) -> None:
+    print(f"\n{'':8} {'images/s':>9}   seconds of every round")
+    for name, seconds in found.items():
+        rounds = " ".join(f"{one:.2f}" for one in seconds)
+        print(f"{name:8} {jobs / statistics.median(seconds):9.2f}   {rounds}")
+    for name, target in TARGETS.items():
+        if {"farm", name} <= set(found):
+            ratio = statistics.median(found[name]) / statistics.median(found["farm"])
+            print(f"farm / {name}: {ratio:.2f} (target >= {target})")
+
+
+if __name__ == "__main__":
+    main()
