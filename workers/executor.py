@@ -23,7 +23,7 @@ from farm.settings import Settings
 from farm.states import Outcome
 from farm.storage import Store
 from workers.exits import Exit, end_process
-from workers.gate import Gate, Turn
+from workers.gate import Gate, Pace, Turn
 from workers.lease import Held, Lease
 from workers.leaving import Leaving
 from workers.pictures import Pixels
@@ -88,7 +88,7 @@ class Executor:
         self._slots = BoundedSemaphore(THREADS)
         self._device = Lock()
         self._gate = Gate(self.leaving)
-        self._tail_seconds = 0.0
+        self._pace = Pace()
         self._unanswered: UUID | None = None
         self.more_work = Event()
         """Set when a claim left work behind, so that a second thread comes without waiting for a doorbell."""
@@ -106,14 +106,14 @@ class Executor:
     def work_once(self) -> bool:
         """Claim one micro-batch and see it through; answers whether there was one."""
         with self._gate.turn() as turn:
+            started = monotonic()
             claimed = self._claim() if turn else None
             if claimed is None:
                 return False
-            started = monotonic()
             with about(claim=claimed.claim_id, worker=self._worker), self.lease.hold(claimed) as held:
                 if self._watcher is not None:
                     self._watcher.began(claimed)
-                results = self._see_through(held, turn)
+                results = self._see_through(held, turn, started)
                 self._finish(held, results)
                 if self._watcher is not None:
                     self._watcher.ended(claimed, results, monotonic() - started)
@@ -144,12 +144,13 @@ class Executor:
             self.more_work.set()
         return claimed
 
-    def _see_through(self, held: Held, turn: Turn) -> list[Result]:
+    def _see_through(self, held: Held, turn: Turn, started: float) -> list[Result]:
         """Every job's result; never raises. Jobs that are not ours any more have none."""
         try:
             recipes = [job.recipe for job in held.jobs]
             held.enter("load", self._settings.limit_load.total_seconds())
             staged = self._renderer.stage(recipes)
+            self._pace.ahead.took(monotonic() - started)
             pictures = self._render(held, staged, recipes, turn)
         except Exception as error:  # noqa: BLE001  # a job must end with a reason whatever the libraries raise
             turn.over()
@@ -158,7 +159,7 @@ class Executor:
         turn.over()
         held.enter("store", self._settings.limit_store.total_seconds())
         results = self._storing.store(held, pictures, self._unrendered, self.leaving)
-        self._tail_seconds = max(monotonic() - turn.over_at, self._tail_seconds / 2)
+        self._pace.store.took(held.seconds)
         return results
 
     def _render(self, held: Held, staged: Any, recipes: Sequence[Recipe], turn: Turn) -> Sequence[Pixels | None]:
@@ -180,11 +181,16 @@ class Executor:
             def on_step(step: int, steps: int) -> Collection[int]:
                 last = step >= steps
                 held.enter("decode" if last else "step", step_limit)
-                if last:
+                each = (monotonic() - began) / step
+                to_go = each * (steps - step) + self._pace.decode.seconds
+                if last or self._pace.claim_is_due(to_go, each):
                     turn.over()
-                return self._dropped(held, (monotonic() - began) / max(step, 1) * (steps - step))
+                return self._dropped(held, to_go + self._pace.store.seconds)
 
-            return self._renderer.render(staged, recipes, on_step)
+            pictures = self._renderer.render(staged, recipes, on_step)
+            if held.phase == "decode":
+                self._pace.decode.took(held.seconds)
+            return pictures
 
     def _be_alone(self) -> None:
         """Wait until the other thread is done: a job under suspicion of crashing must not take others along."""
@@ -193,7 +199,7 @@ class Executor:
 
     def _dropped(self, held: Held, seconds_to_go: float) -> Collection[int]:
         """Which of these jobs need no picture: cancelled ones, or all when it would come too late."""
-        if held.lost or seconds_to_go + self._tail_seconds > self.leaving.seconds_left:
+        if held.lost or seconds_to_go > self.leaving.seconds_left:
             return range(len(held.jobs))
         if not held.cancelled:
             return ()

@@ -1,25 +1,52 @@
 """Who may claim next: a thread gets its turn only once the device is about to be free.
 
-Otherwise the second thread of a busy worker would sit on jobs that an idle worker elsewhere could have.
+Otherwise the second thread of a busy worker would sit on jobs that an idle worker elsewhere could have. "About to be
+free" is what claiming and staging took lately.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from threading import Condition
-from time import monotonic
 
 from workers.leaving import Leaving
 
 LEAVING_LOOK_SECONDS = 0.5
 
 
+AHEAD_MOST_SECONDS = 1.0
+"""A cold load takes minutes, but claiming that long before the device is free would keep jobs from idle workers."""
+
+
+@dataclass
+class Lately:
+    """How many seconds something took lately: the longest time, halved with each time it went faster."""
+
+    seconds: float = 0.0
+
+    def took(self, seconds: float) -> None:
+        self.seconds = max(seconds, self.seconds / 2)
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long the parts of a micro-batch take: `ahead` is claiming and staging."""
+
+    ahead: Lately = field(default_factory=Lately)
+    decode: Lately = field(default_factory=Lately)
+    store: Lately = field(default_factory=Lately)
+
+    def claim_is_due(self, to_go: float, each_step: float) -> bool:
+        """Whether the next micro-batch would come too late if it was claimed one step from now. In seconds."""
+        return to_go - each_step <= min(self.ahead.seconds, AHEAD_MOST_SECONDS)
+
+
 class Turn:
-    """The right to claim and to use the device next; over at the last denoising step, or when it fails before."""
+    """The right to claim and to use the device next; over when the next claim is due, or when it fails before."""
 
     def __init__(self, gate: "Gate", given: bool) -> None:
         self._gate, self._given = gate, given
         self._kept = False
-        self.over_at = 0.0
 
     def __bool__(self) -> bool:
         return self._given
@@ -30,7 +57,6 @@ class Turn:
 
     def over(self) -> None:
         """Let the next thread claim. Harmless when repeated."""
-        self.over_at = self.over_at or monotonic()
         if not self._kept:
             self.close()
 
@@ -41,7 +67,7 @@ class Turn:
 
 
 class Gate:
-    """One thread at a time is between claiming and its last denoising step."""
+    """One thread at a time is between claiming and the moment from which the next claim is due."""
 
     def __init__(self, leaving: Leaving) -> None:
         self._leaving = leaving

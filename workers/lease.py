@@ -86,6 +86,7 @@ class Lease:
         self._wake = Condition()
         self._hinted = False
         self._stopped = False
+        self._ready = False
         self._reachable = True
         self._threads = [
             Thread(target=self._guarded, args=[self._beat_on], name="heartbeat", daemon=True),
@@ -95,6 +96,11 @@ class Lease:
     def start(self) -> None:
         for thread in self._threads:
             thread.start()
+
+    def ready(self) -> None:
+        """From now on this worker takes work, and says so at once."""
+        self._ready = True
+        self.beat_soon()
 
     def stop(self) -> None:
         """Beat no more. Anything still held is left to its lease."""
@@ -122,7 +128,7 @@ class Lease:
             return list(self._held.values())
 
     def beat_soon(self) -> None:
-        """A hint came that jobs were cancelled: do not wait for the next heartbeat to ask which."""
+        """There is something to ask or tell (a hint came that jobs were cancelled): do not wait for the next beat."""
         with self._wake:
             self._hinted = True
             self._wake.notify_all()
@@ -148,6 +154,8 @@ class Lease:
     def _state(self, held: Collection[UUID]) -> WorkerState:
         if self._leaving.requested.is_set():
             return "leaving"
+        if not self._ready:
+            return "starting"
         return "busy" if held else "idle"
 
     def _beat_on(self) -> None:

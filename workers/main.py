@@ -35,6 +35,8 @@ from workers.modelstore import ModelStore
 from workers.tasks import register
 
 AGAIN_SECONDS = 1.0
+LAST_WORD_SECONDS = 2.0
+"""How long Celery may take to say goodbye to Flower."""
 STOPPED_BY = (signal.SIGTERM, signal.SIGINT)
 
 RendererFactory = Callable[[Settings, Callable[[str], Path]], Any]
@@ -62,37 +64,48 @@ def main(renderer_factory: RendererFactory = engine) -> Exit:
         return Exit.REFUSED
     store = Store(settings)
     renderer = renderer_factory(settings, ModelStore(database, store, settings).fetch)
+    _persist(lambda: _hello(database, settings, worker, renderer.device), leaving)
+    lease = Lease(database, settings, worker, leaving, warm=renderer.warm)
+    lease.start()
     wrong = _canary(database, renderer, settings)
-    if wrong is not None:
+    if wrong is None:
+        _serve(settings, database, store, renderer, worker, lease, leaving)
+    else:
         log.critical("the canary does not sing", wrong=wrong)
-        return Exit.CANARY
-    return _serve(settings, database, store, renderer, worker, leaving)
+        leaving.request(Exit.CANARY, hurry=False)
+    lease.stop()
+    _goodbye(database, worker)
+    log.info("left", status=int(leaving.status))
+    return leaving.status
 
 
-def _serve(settings: Settings, database: Database, store: Store, renderer: Any, worker: UUID, leaving: Leaving) -> Exit:
+def _serve(
+    settings: Settings,
+    database: Database,
+    store: Store,
+    renderer: Any,
+    worker: UUID,
+    lease: Lease,
+    leaving: Leaving,
+) -> None:
+    """Work until the process is to leave and nothing is held any more."""
     app = make_app(settings)
     hostname = hostname_of(settings, worker)
     feed = Feed(app, hostname, settings.pool)
-    lease = Lease(database, settings, worker, leaving, warm=renderer.warm)
     executor = Executor(database, store, renderer, settings, worker, leaving=leaving, lease=lease, watcher=feed)
     leaving.at_last(executor.give_back)
     register(app, executor)
-    _tell(lambda: _hello(database, settings, worker, renderer.device), leaving)
-    lease.start()
     feed.start()
     start_listening(settings, lease.beat_soon, leaving.requested)
     start_asking(executor, settings.poll.total_seconds())
+    # Not in this thread: leaving must not wait for a broker that hangs.
+    hearing = Thread(target=hear, args=[app, hostname, leaving], name="celery", daemon=True)
+    hearing.start()
+    lease.ready()
     log.info("ready", pool=settings.pool, device=renderer.device, dtype=renderer.dtype, version=__version__)
-    hear(app, hostname, leaving)
+    leaving.requested.wait()
     executor.drain()
-    lease.stop()
-    try:
-        with database.transaction() as conn:
-            jobs.goodbye(conn, worker=worker)
-    except Unavailable as error:
-        log.warning("left without a goodbye", error=error.message)
-    log.info("left", status=int(leaving.status))
-    return leaving.status
+    hearing.join(LAST_WORD_SECONDS)
 
 
 def _canary(database: Database, renderer: Any, settings: Settings) -> str | None:
@@ -118,17 +131,26 @@ def _hello(database: Database, settings: Settings, worker: UUID, device: str) ->
         )
 
 
+def _goodbye(database: Database, worker: UUID) -> None:
+    try:
+        with database.transaction() as conn:
+            jobs.goodbye(conn, worker=worker)
+    except Unavailable as error:
+        log.warning("left without a goodbye", error=error.message)
+
+
 def _wait_for_schema(database: Database, leaving: Leaving) -> bool:
     """Whether the schema is ours; waits for Postgres as long as it takes."""
     try:
-        _tell(database.check_schema, leaving)
+        _persist(database.check_schema, leaving)
     except SchemaMismatch as error:
         log.critical("this worker does not know the database's schema", error=error.message)
         return False
     return True
 
 
-def _tell(act: Callable[[], None], leaving: Leaving) -> None:
+def _persist(act: Callable[[], None], leaving: Leaving) -> None:
+    """Try until Postgres answers, or until there is no point any more."""
     while not leaving.requested.is_set():
         try:
             act()

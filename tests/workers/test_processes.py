@@ -1,15 +1,19 @@
 """The promises of worker processes, with real servers: what is killed, frozen, emptied or restarted loses no job."""
 
+import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
+from typing import Any
 
 from redis import Redis
 from sqlalchemy import text
 
 from farm import doorbell, jobs
 from farm.settings import Settings
+from farm.stack import Servers
 from farm.states import JobState
 from farm.storage import Store
 from tests.farm.conftest import Queue
@@ -83,10 +87,11 @@ def test_without_a_broker_the_worker_asks_by_itself(farm: Queue, start: Start, s
     assert worker.wait() == Exit.LEFT
 
 
-def test_results_are_held_while_postgres_is_away(farm: Queue, start: Start, sweeper: None, servers: object) -> None:
+def test_results_are_held_while_postgres_is_away(farm: Queue, start: Start, sweeper: None, servers: Servers) -> None:
     worker = start(STUB_STEP_SECONDS="0.3")
     batch = farm.submit(4)
     until(lambda: farm.counts(batch) == {"running": 4})
+    assert servers.postgres is not None
     servers.postgres.stop()
     until(lambda: worker.said("holding results") or worker.said("no heartbeat"))
     time.sleep(2)
@@ -191,3 +196,57 @@ def test_cancelling_a_running_job_stops_it_at_the_next_step(farm: Queue, start: 
     assert time.monotonic() - began < 4
     states = {job.state for job in farm.do(jobs.list_jobs, farm.project, batch=batch.id).items}
     assert states == {JobState.CANCELLED}
+
+
+def test_a_frozen_broker_keeps_no_worker_from_working_or_leaving(farm: Queue, start: Start, servers: Servers) -> None:
+    worker = start()
+    assert servers.valkey is not None
+    assert servers.valkey.pid is not None
+    os.kill(servers.valkey.pid, signal.SIGSTOP)
+    try:
+        batch = farm.submit(12)
+        until(lambda: all_succeeded(farm, batch, 12))
+        worker.signal(signal.SIGTERM)
+        assert worker.wait() == Exit.LEFT
+    finally:
+        os.kill(servers.valkey.pid, signal.SIGCONT)
+
+
+def test_flower_sees_micro_batches_and_cannot_stop_the_worker(farm: Queue, start: Start, settings: Settings) -> None:
+    worker = start(settings.model_copy(update={"poll": timedelta(seconds=60)}))
+    app = doorbell.make_app(settings, timeout=5)
+    name = until(lambda: list(app.control.inspect(timeout=1).stats() or {}))[0]
+    for order in ("shutdown", "pool_shrink", "cancel_consumer", "revoke", "rate_limit", "time_limit"):
+        app.control.broadcast(order, arguments={"task_id": "x", "n": 2, "queue": doorbell.queue_of("default")})
+    heard: list[dict[str, Any]] = []
+    with app.connection_for_read() as connection:
+        receiver = app.events.Receiver(connection, handlers={"*": heard.append})
+        batch = farm.submit(6)
+        doorbell.ring(settings, settings.pool)
+        with suppress(TimeoutError):
+            receiver.capture(limit=9, timeout=4, wakeup=False)
+    assert all_succeeded(farm, batch, 6)
+    told = [event for event in heard if event["type"].startswith("task-")]
+    assert [event["type"] for event in told].count("task-succeeded") == 2
+    begun = [event for event in told if event["type"] == "task-received"]
+    assert sorted("'jobs': 4" in event["kwargs"] for event in begun) == [False, True]
+    assert {event["hostname"] for event in told} == {name}
+    assert all("crack 0" in event["kwargs"] or "crack 4" in event["kwargs"] for event in begun)
+    assert worker.alive
+
+
+def test_a_worker_tells_of_itself_and_says_goodbye(farm: Queue, start: Start) -> None:
+    worker = start()
+    (told,) = until(lambda: [one for one in farm.do(jobs.workers) if one.state == "idle"])
+    assert (told.pid, told.device, told.pool) == (worker.process.pid, "stub", "default")
+    batch = farm.submit(1)
+    until(lambda: all_succeeded(farm, batch, 1))
+    until(lambda: farm.do(jobs.workers)[0].warm)
+    worker.signal(signal.SIGTERM)
+    assert worker.wait() == Exit.LEFT
+    assert farm.do(jobs.workers) == []
+
+
+def test_a_schema_it_does_not_know_is_refused(start: Start, empty_settings: Settings, settings: Settings) -> None:
+    strange = settings.model_copy(update={"database_url": empty_settings.database_url})
+    assert start(strange, ready=False).wait() == Exit.REFUSED
