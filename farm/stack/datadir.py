@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from farm.errors import StackError
+from farm.stack import seaweed
+from farm.stack.ports import Ports
 from farm.stack.processes import Identity, end
 from farm.stack.secrets import write_private_json
 from farm.stack.service import ServiceStatus
@@ -17,7 +19,9 @@ from farm.stack.service import ServiceStatus
 SUPERVISOR = "supervisor"
 """Name of the entry in `stack.json` for the process that started all others."""
 NEEDED_BYTES = 1024**3
-"""Free disk below which we do not start: SeaweedFS and PostgreSQL fail in ugly ways when it runs out."""
+"""Free disk below which we do not start: PostgreSQL stops in the middle of its work when it runs out."""
+NEEDED_SHARE = 0.012
+"""The same as a share of the disk: below 1 % SeaweedFS takes no more objects, and an upload then hangs."""
 STOP_ORDER = ("api", "worker", "sweeper", "flower", "s3", "valkey", "postgres")
 ASK = {"postgres": signal.SIGINT}
 GRACE = 30.0
@@ -50,11 +54,12 @@ class DataDir:
             self.logs.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
             raise StackError(f"cannot use {self.path} as data directory: {error}") from error
-        free = shutil.disk_usage(self.path).free
-        if free < NEEDED_BYTES:
+        disk = shutil.disk_usage(self.path)
+        needed = max(NEEDED_BYTES, disk.total * NEEDED_SHARE)
+        if disk.free < needed:
             raise StackError(
-                f"the disk of {self.path} has {free / 2**20:.0f} MiB free, and the farm needs at least "
-                f"{NEEDED_BYTES / 2**20:.0f} MiB to start; make room, or choose another --data-dir"
+                f"the disk of {self.path} has {disk.free / 2**20:.0f} MiB free, and the farm needs at least "
+                f"{needed / 2**20:.0f} MiB to start; make room, or choose another --data-dir"
             )
 
     @property
@@ -117,6 +122,7 @@ class DataDir:
             if service["name"] != SUPERVISOR and identity is not None and identity.alive:
                 end(identity, ask=ASK.get(service["name"], signal.SIGTERM), grace=GRACE)
                 ended.append(service["name"])
+        seaweed.remove_sockets(Ports(self.ports).remembered())
         return ended
 
 

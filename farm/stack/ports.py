@@ -52,14 +52,15 @@ def holder(port: int) -> str:
     return ""
 
 
-def answers_http(port: int, path: str) -> bool:
-    """Whether what listens there answers a GET of this path with 200 within two seconds."""
+def get(port: int, path: str) -> bytes | None:
+    """The body that what listens there answers to GET; `None` for anything but a 200 within two seconds."""
     connection = http.client.HTTPConnection(LOOPBACK, port, timeout=2)
     try:
         connection.request("GET", path)
-        return connection.getresponse().status == http.HTTPStatus.OK
+        answer = connection.getresponse()
+        return answer.read() if answer.status == http.HTTPStatus.OK else None
     except (OSError, http.client.HTTPException):
-        return False
+        return None
     finally:
         connection.close()
 
@@ -75,6 +76,10 @@ class Ports:
                 self._chosen = {str(name): int(port) for name, port in json.loads(file.read_text()).items()}
             except (ValueError, AttributeError) as error:
                 raise StackError(f"{file} is damaged ({error}); delete it, and ports are chosen anew") from error
+
+    def remembered(self) -> dict[str, int]:
+        """The ports chosen so far, by name."""
+        return dict(self._chosen)
 
     def choose(self, names: Sequence[str], *, also: Mapping[str, int] | None = None) -> dict[str, int]:
         """One port per name: the remembered one where it is still free, else a new one, remembered from now on.

@@ -23,6 +23,8 @@ PR_SET_PDEATHSIG = 1
 KILL_WAIT = 10.0
 """Seconds a process may take to vanish after SIGKILL (disk writes in flight)."""
 
+LARGE_LOG = 64 * 1024 * 1024
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -124,6 +126,13 @@ def _children(process: psutil.Process) -> list[psutil.Process]:
         return process.children(recursive=True)
     except psutil.NoSuchProcess:
         return []
+
+
+def set_aside(log: Path) -> None:
+    """Rename a log that has grown large to `NAME.log.1`, in place of the one before it."""
+    with contextlib.suppress(FileNotFoundError):
+        if log.stat().st_size > LARGE_LOG:
+            log.replace(log.with_name(f"{log.name}.1"))
 
 
 def tail(log: Path, lines: int = 8) -> str:

@@ -12,7 +12,7 @@ from farm.db import Database
 from farm.errors import FarmError
 from farm.settings import Settings
 from farm.stack.datadir import DataDir
-from farm.stack.ports import LOOPBACK, answers_http
+from farm.stack.ports import LOOPBACK, get
 from farm.stack.service import Program
 
 READY = "/api/v1/health/ready"
@@ -38,7 +38,7 @@ def api(directory: DataDir, variables: Mapping[str, str], port: int) -> Program:
         ("api.main",),
         environment(variables),
         address=f"http://{LOOPBACK}:{port}",
-        healthy=lambda: answers_http(port, READY),
+        healthy=lambda: get(port, READY) is not None,
         grace=10.0,
     )
 
@@ -102,7 +102,7 @@ def flower(directory: DataDir, variables: Mapping[str, str], settings: Settings,
         ("celery", "--app=farm.flower", "flower"),
         environment(variables) | options,
         address=f"http://{LOOPBACK}:{port}",
-        healthy=lambda: answers_http(port, "/healthcheck"),
+        healthy=lambda: get(port, "/healthcheck") is not None,
         grace=5.0,
     )
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from farm.errors import StackError
 from farm.stack.certificate import ensure_certificate
-from farm.stack.ports import LOOPBACK, answers_http
+from farm.stack.ports import LOOPBACK, get
 from farm.stack.secrets import Secrets, write_private_json
 from farm.stack.service import Program
 
@@ -44,7 +44,7 @@ def program(data_dir: Path, *, ports: Mapping[str, int], secrets: Secrets, logs:
         directory=home,
         log=logs / "s3.log",
         address=endpoint(ports),
-        healthy=lambda: answers_http(ports["s3"], "/healthz"),
+        healthy=lambda: _ready(ports),
         patience=30.0,
         grace=8.0 if durable else 0.0,
         ask=signal.SIGTERM if durable else signal.SIGKILL,
@@ -53,7 +53,7 @@ def program(data_dir: Path, *, ports: Mapping[str, int], secrets: Secrets, logs:
 
 def remove_sockets(ports: Mapping[str, int]) -> None:
     """Delete the sockets that it leaves in /tmp when it is killed; it does not let us choose their place."""
-    for part in PARTS:
+    for part in PARTS if "admin" in ports else ():
         port = ports.get(f"{part}.grpc", ports["admin"] + ADMIN_DISTANCE)
         Path(f"/tmp/seaweedfs-{part}-grpc-{port}.sock").unlink(missing_ok=True)  # noqa: S108
 
@@ -93,6 +93,12 @@ def _environment(home: Path, secrets: Secrets) -> dict[str, str]:
         "HOME": str(home.absolute()),
         "PATH": os.defpath,
     }
+
+
+def _ready(ports: Mapping[str, int]) -> bool:
+    """Whether S3 answers and its volumes are known: before that, requests for objects fail."""
+    volumes = get(ports["master"], "/dir/status")
+    return volumes is not None and b'"DataNodes":[{' in volumes and get(ports["s3"], "/healthz") is not None
 
 
 def _binary() -> Path:

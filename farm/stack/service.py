@@ -10,7 +10,7 @@ from typing import Literal, TypedDict
 
 from farm.errors import StackError
 from farm.stack.accounts import Account
-from farm.stack.processes import Identity, end, spawn, tail
+from farm.stack.processes import Identity, end, set_aside, spawn, tail
 
 State = Literal["starting", "healthy", "restarting", "stopped"]
 
@@ -90,6 +90,7 @@ class Service:
     def spawn(self) -> None:
         """Start the process without waiting for its health."""
         program = self.program
+        set_aside(program.log)
         self._popen = spawn(
             program.arguments,
             environment=program.environment,

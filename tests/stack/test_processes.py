@@ -9,7 +9,8 @@ import psutil
 import pytest
 
 from farm.errors import StackError
-from farm.stack.processes import Identity, end, spawn, tail
+from farm.stack import processes
+from farm.stack.processes import Identity, end, set_aside, spawn, tail
 from tests.stack.watching import wait_until, zombies
 
 STUBBORN = """
@@ -64,6 +65,17 @@ def test_another_process_with_the_same_id_is_left_alone(tmp_path: Path) -> None:
 def test_a_program_that_cannot_run_is_an_error_that_names_it(tmp_path: Path) -> None:
     with pytest.raises(StackError, match="cannot start /nowhere/at/all"):
         spawn(["/nowhere/at/all"], environment={}, log=tmp_path / "log", directory=tmp_path)
+
+
+def test_a_large_log_is_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "LARGE_LOG", 10)
+    log = tmp_path / "api.log"
+    set_aside(log)
+    for content in ("short", "long enough to go", "and longer still"):
+        log.write_text(content)
+        set_aside(log)
+        assert log.exists() == (content == "short")
+    assert (tmp_path / "api.log.1").read_text() == "and longer still"
 
 
 def test_the_tail_of_a_log_is_short(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def test_nothing_stays_behind(data_dir: Path) -> None:
 def test_data_is_kept_also_when_the_ports_are_taken_by_others(data_dir: Path) -> None:
     with embedded(data_dir) as settings:
         use_all(settings, "kept")
-    remembered = Ports(data_dir / "ports.json")._chosen
+    remembered = Ports(data_dir / "ports.json").remembered()
     squatters = []
     for name in ("postgres", "valkey", "s3", "master.grpc", "volume", "filer"):
         squatter = socket.socket()
@@ -175,8 +175,11 @@ def test_another_major_version_is_a_clear_error(data_dir: Path) -> None:
         pass
 
 
-def test_a_full_disk_is_a_clear_error(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datadir, "NEEDED_BYTES", 2**60)
+@pytest.mark.parametrize(("limit", "value"), [("NEEDED_BYTES", 2**60), ("NEEDED_SHARE", 1.0)])
+def test_a_full_disk_is_a_clear_error(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch, limit: str, value: float
+) -> None:
+    monkeypatch.setattr(datadir, limit, value)
     with pytest.raises(StackError, match=r"MiB free, and the farm needs at least"), embedded(data_dir):
         raise AssertionError("started on a full disk")
 
