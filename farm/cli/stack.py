@@ -75,30 +75,17 @@ def status(data_dir: DataDir = DATA_DIR, as_json: AsJson = False) -> None:
 
 
 def _services(data_dir: Path) -> list[dict[str, Any]]:
-    """What `stack.json` says, and whether the processes are really there."""
+    """The services of this machine; none where no farm was ever started."""
     if not (data_dir / "stack.json").exists():
         return []
-    from farm.stack.datadir import DataDir as Directory
-    from farm.stack.datadir import identity_of
+    from farm.stack import status as services
 
     try:
-        found = Directory(data_dir).read_stack()
+        found = services(data_dir)
     except StackError as error:
         report(error)
         return []
-    services = []
-    for service in found:
-        identity = identity_of(service)
-        gone = identity is not None and not identity.alive
-        services.append(
-            {
-                "name": service["name"],
-                "pid": None if gone else service["pid"],
-                "address": service["address"],
-                "state": "stopped" if gone else service["state"],
-            }
-        )
-    return services
+    return [{name: each[name] for name in ("name", "pid", "address", "state")} for each in found]
 
 
 def _show(services: list[dict[str, Any]], lanes: "list[LaneView]", workers: "list[WorkerView]") -> None:

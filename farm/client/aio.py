@@ -56,7 +56,7 @@ class AsyncFarm:
     ) -> None:
         self.connection = resolve(url, api_key, data_dir)
         self._api = httpx.AsyncClient(**api_options(self.connection, timeout))
-        self._storage = httpx.AsyncClient(**storage_options(timeout))
+        self._storage = httpx.AsyncClient(**storage_options(self.connection, timeout))
         self._parallel = parallel
         self._random = Random()  # noqa: S311  # jitter, no secret
 

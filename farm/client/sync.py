@@ -56,7 +56,7 @@ class Farm:
         """`timeout`: seconds one answer may take to begin. `parallel`: pictures fetched at a time."""
         self.connection = resolve(url, api_key, data_dir)
         self._api = httpx.Client(**api_options(self.connection, timeout))
-        self._storage = httpx.Client(**storage_options(timeout))
+        self._storage = httpx.Client(**storage_options(self.connection, timeout))
         self._parallel = parallel
         self._random = Random()  # noqa: S311  # jitter, no secret
 

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 
@@ -18,12 +19,18 @@ def api_options(connection: Connection, timeout: float) -> dict[str, Any]:
     headers = {"User-Agent": USER_AGENT, "Accept": "application/json"}
     if connection.api_key:
         headers["Authorization"] = f"Bearer {connection.api_key}"
-    return {"base_url": connection.url, "headers": headers, "timeout": httpx.Timeout(timeout, connect=10.0)}
+    return {"base_url": connection.url, "headers": headers} | _common(connection, timeout)
 
 
-def storage_options(timeout: float) -> dict[str, Any]:
+def storage_options(connection: Connection, timeout: float) -> dict[str, Any]:
     """For the client that follows presigned URLs: it must not carry our key to where the pictures lie."""
-    return {"headers": {"User-Agent": USER_AGENT}, "timeout": httpx.Timeout(timeout, connect=10.0)}
+    return {"headers": {"User-Agent": USER_AGENT}} | _common(connection, timeout)
+
+
+def _common(connection: Connection, timeout: float) -> dict[str, Any]:
+    # A proxy from the environment cannot reach the farm of this machine, and must not see its key.
+    here = urlsplit(connection.url).hostname in {"127.0.0.1", "::1", "localhost"}
+    return {"timeout": httpx.Timeout(timeout, connect=10.0), "trust_env": not here}
 
 
 def arguments(call: Call[Any]) -> dict[str, Any]:

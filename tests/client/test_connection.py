@@ -5,8 +5,10 @@ from pathlib import Path
 import orjson
 import pytest
 
+from farm.client import Farm
 from farm.client.connection import CREDENTIALS, Connection, resolve
 from farm.errors import InvalidRequest, Unavailable
+from tests.client.fake import FakeFarm, Reply
 
 
 @pytest.fixture
@@ -46,3 +48,14 @@ def test_an_address_must_be_one() -> None:
 
 def test_the_key_is_not_shown() -> None:
     assert "secret" not in repr(Connection("http://x", "secret"))
+
+
+def test_a_proxy_does_not_stand_before_the_farm_of_this_machine(
+    fake: FakeFarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    fake.on("GET", "/api/v1/version", Reply(body={"version": "1"}))
+    with Farm(fake.url, "k") as farm:
+        assert farm.version() == {"version": "1"}

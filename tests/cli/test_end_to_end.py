@@ -1,0 +1,138 @@
+"""The command line against a whole farm, with the default model: first the demo, then a farm that stays."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import orjson
+import psutil
+import pytest
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from farm.cli.app import app
+from farm.cli.exits import Exit
+from farm.stack import running
+from farm.stack.stack import Stack
+
+pytestmark = pytest.mark.timeout(300)
+
+Farm = Callable[..., Result]
+
+
+@pytest.fixture(scope="module")
+def home() -> Iterator[Path]:
+    """A folder of this module's own that other users may walk through, as PostgreSQL may run as one of them."""
+    folder = Path(tempfile.mkdtemp(prefix="farm-cli-"))
+    folder.chmod(0o711)
+    before = Path.cwd()
+    os.chdir(folder)
+    yield folder
+    os.chdir(before)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _farm(*arguments: object, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
+
+
+@pytest.fixture(scope="module")
+def demonstration(home: Path) -> tuple[Result, set[int]]:
+    """What `farm demo` said, and the processes it left behind."""
+    before = {process.pid for process in psutil.Process().children(recursive=True)}
+    result = _farm("demo", "--data-dir", home)
+    return result, {process.pid for process in psutil.Process().children(recursive=True)} - before
+
+
+@pytest.fixture(scope="module")
+def farm(home: Path, demonstration: tuple[Result, set[int]]) -> Iterator[Farm]:
+    """`farm` with the data directory of the demo, in which a farm is running."""
+    data_dir = home / "demo"
+    with Stack(data_dir, 0):
+
+        def farm(*arguments: object, stdin: str | None = None) -> Result:
+            return _farm(*arguments, "--data-dir", data_dir, stdin=stdin)
+
+        yield farm
+
+
+def test_the_demo(home: Path, demonstration: tuple[Result, set[int]]) -> None:
+    result, left = demonstration
+    assert result.exit_code == 0, result.output
+    assert not left, "everything it started is stopped"
+    assert running(home / "demo") is None
+    pictures = sorted(home.glob("demo-out/0*.png"))
+    assert len(pictures) == 4
+    for path in pictures:
+        with Image.open(path) as picture:
+            assert picture.mode == "RGB"
+            assert picture.info["parameters"]
+            low, high = picture.convert("L").getextrema()
+            assert high - low > 10, "something is to be seen"
+        assert str(path.relative_to(home)) in result.stdout
+    with Image.open(home / "demo-out/contact-sheet.png") as sheet:
+        assert min(sheet.size) > 500
+    assert "How to go on" in result.stdout
+    for stage in ("start", "submit", "render", "download", "stop", "all together"):
+        assert stage in result.stdout
+
+
+def test_rendering_uses_the_farm_that_runs(home: Path, farm: Farm) -> None:
+    result = farm("render", "A crack on a wall", "--seed", 5, "--count", 2, "--out", "here", "--json")
+    assert result.exit_code == 0, result.output
+    assert "starting" not in result.stderr
+    lines = [orjson.loads(line) for line in result.stdout.splitlines()]
+    assert [line["job"]["seed"] for line in lines] == [5, 6]
+    assert all((home / line["path"]).exists() for line in lines)
+
+
+def test_submit_watch_and_download(home: Path, farm: Farm) -> None:
+    (home / "walls.csv").write_text("prompt,seed,label.wall\nA crack,1,north\nA wet wall,2,south\n")
+    submitted = farm("submit", "walls.csv", "--name", "walls", "--json")
+    assert submitted.exit_code == 0, submitted.output
+    batch = orjson.loads(submitted.stdout)["id"]
+    assert farm("watch", batch).exit_code == 0
+    assert farm("download", batch, "--out", "out").exit_code == 0
+    assert sorted(path.name for path in (home / "out").iterdir()) == ["000000-1.png", "000001-2.png", "manifest.ndjson"]
+    listed = farm("jobs", "--label", "wall=south", "--json").stdout.splitlines()
+    assert [orjson.loads(line)["prompt"] for line in listed] == ["A wet wall"]
+    refused = farm("submit", "-", "--format", "csv", stdin="prompt,steps\nA crack,4\nA crack,400\n")
+    assert refused.exit_code == Exit.USAGE
+    assert "line 3: steps" in refused.stderr
+    assert farm("delete", batch, "--yes").exit_code == 0
+    assert farm("watch", batch).exit_code == Exit.NOT_FOUND
+
+
+def test_status(farm: Farm) -> None:
+    result = farm("status", "--json")
+    assert result.exit_code == 0, result.output
+    told = orjson.loads(result.stdout)
+    assert {"postgres", "valkey", "s3", "api", "worker", "sweeper", "flower"} <= {
+        each["name"] for each in told["services"] if each["state"] == "healthy" and each["pid"] and each["address"]
+    }
+    assert [worker["state"] in {"idle", "busy"} for worker in told["workers"]] == [True]
+    shown = farm("status")
+    assert "crack-tiny" in shown.stdout, "what the worker keeps warm"
+
+
+def test_models_and_keys_and_migrate_work_on_the_servers_themselves(farm: Farm) -> None:
+    kinds = {
+        line["name"]: line["kind"] for line in map(orjson.loads, farm("models", "list", "--json").stdout.splitlines())
+    }
+    assert kinds == {"crack-tiny": "checkpoint", "crack-tiny-lcm": "acceleration"}
+    assets = Path(__file__).parents[2] / "farm" / "assets" / "crack-tiny"
+    assert farm("models", "add", "twin", assets / "lcm-lora.safetensors").exit_code == 0
+    assert farm("models", "add", "twin", assets / "lcm-lora.safetensors").exit_code == Exit.FAILED
+    assert farm("models", "add", "nothing", assets / "profile.json").exit_code == Exit.USAGE
+    assert farm("models", "remove", "twin").exit_code == 0
+    assert farm("models", "remove", "twin").exit_code == Exit.NOT_FOUND
+    made = farm("keys", "create", "ci", "--project", "other")
+    assert made.exit_code == 0, made.output
+    key = next(
+        line for line in farm("keys", "list", "--json").stdout.splitlines() if orjson.loads(line)["name"] == "ci"
+    )
+    assert made.stdout.startswith(orjson.loads(key)["prefix"])
+    assert farm("keys", "revoke", orjson.loads(key)["id"]).exit_code == 0
+    assert "crack-tiny" in farm("migrate").stdout
