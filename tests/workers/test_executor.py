@@ -292,8 +292,14 @@ def test_flower_reads_what_a_micro_batch_is(farm: Queue) -> None:
 
 
 def test_leaving_ends_by_its_timer_and_says_last_words_first() -> None:
-    ended, said = Event(), []
-    leaving = Leaving(0.3, end=lambda status, _why: (said.append(status), ended.set()) and None)
+    ended = Event()
+    said: list[Any] = []
+
+    def end(status: Exit, _why: str) -> None:
+        said.append(status)
+        ended.set()
+
+    leaving = Leaving(0.3, end=end)
     leaving.at_last(lambda: said.append("gave back"))
     leaving.request()
     leaving.request()

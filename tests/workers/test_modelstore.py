@@ -49,7 +49,7 @@ class Models:
         return content_hash
 
     def cache(self, **changes: object) -> ModelStore:
-        database = SimpleNamespace(transaction=lambda: NoTransaction())
+        database = SimpleNamespace(transaction=NoTransaction)
         return ModelStore(database, self.store, self.settings.model_copy(update=changes))  # type: ignore[arg-type]
 
 
@@ -79,7 +79,7 @@ def test_other_bytes_than_registered_are_refused_and_leave_nothing(models: Model
     bad = models.add({"lora.safetensors": b"good"})
     listed = models.registered[bad][0]
     models.registered[bad] = [ModelFile(listed.path, listed.key, "0" * 64, listed.bytes)]
-    with pytest.raises(IntegrityFailed, match="lora.safetensors"):
+    with pytest.raises(IntegrityFailed, match=r"lora\.safetensors"):
         models.cache().fetch(bad)
     assert [path for path in (settings.cache_dir / "models").iterdir() if path.is_dir()] == []
 

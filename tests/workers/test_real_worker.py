@@ -1,0 +1,55 @@
+"""The product's own entry point with the real engine and the model that comes with the package."""
+
+import io
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from farm import catalogue, doorbell, jobs, submission
+from farm.queries import claiming
+from farm.settings import Settings
+from farm.storage import Store
+from tests.farm.conftest import Queue
+from tests.workers.conftest import ROOT, environment_of, until
+from workers.exits import Exit
+
+
+def test_the_real_worker_renders_what_was_asked(farm: Queue, store: Store, settings: Settings, tmp_path: Path) -> None:
+    farm.do(catalogue.install_default, store)
+    known = farm.do(catalogue.load, store)
+    rows = [{"prompt": f"A single split crack on a concrete wall {n}", "seed": n} for n in range(6)]
+    now = farm.do(claiming.database_now)
+    with submission.prepare(rows, defaults={}, catalogue=known, settings=settings, name="real", now=now) as prepared:
+        batch = farm.do(jobs.submit, prepared, project_id=farm.project, pool=settings.pool)
+    log = tmp_path / "worker.log"
+    with log.open("wb") as file:
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "workers.main"], env=environment_of(settings), cwd=ROOT, stderr=file
+        )
+    try:
+        doorbell.ring(settings, settings.pool)
+        until(lambda: farm.batch(batch).done or worker.poll() is not None, 90)
+        assert farm.counts(batch) == {"succeeded": 6}, log.read_text()
+        pictures = []
+        for job in farm.do(jobs.list_jobs, farm.project, batch=batch.id).items:
+            stored = farm.do(jobs.image_of, farm.project, job.id)
+            with Image.open(io.BytesIO(store.get(stored.key))) as image:
+                image.load()
+                told = json.loads(image.text["farm"])
+                assert (told["recipe"]["seed"], told["recipe"]["prompt"]) == (job.seed, job.prompt)
+                pictures.append(np.asarray(image))
+        assert all(picture.std() > 2 for picture in pictures), "a picture shows something"
+        assert len({picture.tobytes() for picture in pictures}) == 6
+        (told,) = farm.do(jobs.workers)
+        assert told.device == "cpu"
+        assert [one["checkpoint"] for one in told.warm] == [known.checkpoints["crack-tiny"].hash]
+        worker.send_signal(signal.SIGTERM)
+        assert worker.wait(30) == Exit.LEFT
+    finally:
+        worker.kill()
+        worker.wait()
