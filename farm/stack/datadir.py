@@ -116,7 +116,7 @@ class DataDir:
     def end_orphans(self) -> list[str]:
         """End what an earlier supervisor that was killed left running; answers the names. Call while holding."""
         ended: list[str] = []
-        services = sorted(self.read_stack(), key=lambda service: _rank(service["name"]))
+        services = sorted(self.read_stack(), key=lambda service: stop_rank(service["name"]))
         for service in services:
             identity = identity_of(service)
             if service["name"] != SUPERVISOR and identity is not None and identity.alive:
@@ -131,7 +131,8 @@ def identity_of(service: ServiceStatus) -> Identity | None:
     return Identity(pid, created) if pid is not None and created is not None else None
 
 
-def _rank(name: str) -> int:
+def stop_rank(name: str) -> int:
+    """The place of a service in the order of stopping; `worker-1` counts as `worker`."""
     kind = name.partition("-")[0]
     return STOP_ORDER.index(kind) if kind in STOP_ORDER else 0
 

@@ -16,7 +16,7 @@ from farm.errors import FarmError, StackError
 from farm.ids import new_id
 from farm.settings import Settings
 from farm.stack import preparation, programs
-from farm.stack.datadir import DataDir
+from farm.stack.datadir import DataDir, stop_rank
 from farm.stack.devices import devices
 from farm.stack.ports import LOOPBACK, Ports, holder, is_free
 from farm.stack.secrets import write_private_json
@@ -165,13 +165,15 @@ class Stack:
         database = Database(settings, pool_size=2)
         self._database = database
         flower_port = Ports(directory.ports).choose(["flower"])["flower"]
-        self._launch(lambda: programs.api(directory, variables, self._port))
+        # Workers first: theirs is the longest way.
         names = devices()
         for index, device in enumerate(names):
             name = "worker" if len(names) == 1 else f"worker-{index}"
             self._launch_worker(name, device, database)
+        self._launch(lambda: programs.api(directory, variables, self._port))
         self._launch(lambda: programs.sweeper(directory, variables))
         self._launch(lambda: programs.flower(directory, variables, settings, flower_port))
+        self._processes.sort(key=lambda service: stop_rank(service.name))
         for service in self._processes:
             service.wait_healthy(self._check_stop)
             self._healthy(service)
@@ -203,11 +205,14 @@ class Stack:
 
     def _stop_processes(self) -> None:
         """The API first, so that nothing new comes in; then the others, whose waits overlap."""
-        for service in self._processes[:1]:
+        self._processes.sort(key=lambda service: stop_rank(service.name))
+        first = [service for service in self._processes if service.name == "api"]
+        others = [service for service in self._processes if service.name != "api"]
+        for service in first:
             service.stop()
-        for service in self._processes[1:]:
+        for service in others:
             service.ask_to_stop()
-        for service in self._processes[1:]:
+        for service in others:
             service.stop()
 
     def _healthy(self, service: Service) -> None:
