@@ -27,7 +27,7 @@ from workers.gate import Gate, Pace, Turn
 from workers.lease import Held, Lease
 from workers.leaving import Leaving
 from workers.pictures import Pixels
-from workers.storing import Storing
+from workers.storing import Answer, Storing
 
 THREADS = 2
 """Micro-batches in work at once: one on the device, one on its way to S3."""
@@ -145,35 +145,45 @@ class Executor:
         return claimed
 
     def _see_through(self, held: Held, turn: Turn, started: float) -> list[Result]:
-        """Every job's result; never raises. Jobs that are not ours any more have none."""
-        try:
-            recipes = [job.recipe for job in held.jobs]
-            held.enter("load", self._settings.limit_load.total_seconds())
-            staged = self._renderer.stage(recipes)
-            self._pace.ahead.took(monotonic() - started)
-            pictures = self._render(held, staged, recipes, turn)
-        except Exception as error:  # noqa: BLE001  # a job must end with a reason whatever the libraries raise
-            turn.over()
-            self._report(error)
-            return [_failure(job, error) for job in held.jobs]
+        """Every job's result, in order; never raises."""
+        answers = self._answers(held, held.jobs, turn, started)
         turn.over()
         held.enter("store", self._settings.limit_store.total_seconds())
-        results = self._storing.store(held, pictures, self._unrendered, self.leaving)
+        results = self._storing.store(held, answers, self._unrendered, self.leaving)
         self._pace.store.took(held.seconds)
         return results
 
-    def _render(self, held: Held, staged: Any, recipes: Sequence[Recipe], turn: Turn) -> Sequence[Pixels | None]:
-        nothing: list[Pixels | None] = [None] * len(recipes)
+    def _answers(self, held: Held, some: Sequence[ClaimedJob], turn: Turn, started: float) -> list[Answer]:
+        """Per job its picture, None where it was dropped, or the error that is to blame."""
+        recipes = [job.recipe for job in some]
+        try:
+            held.enter("load", self._settings.limit_load.total_seconds())
+            staged = self._renderer.stage(recipes)
+            self._pace.ahead.took(monotonic() - started)
+        except Exception as error:  # noqa: BLE001  # a job must end with a reason whatever the libraries raise
+            self._report(error)
+            return [error] * len(some)
+        try:
+            return list(self._render(held, some, staged, turn))
+        except Exception as error:  # noqa: BLE001
+            self._report(error)
+            if len(some) == 1 or not _may_be_ones_fault(error):
+                return [error] * len(some)
+        # One recipe may have spoiled it for all, so each gets its own chance before anybody spends an attempt.
+        log.info("rendering one by one", jobs=len(some))
+        return [answer for job in some for answer in self._answers(held, [job], turn, monotonic())]
+
+    def _render(self, held: Held, some: Sequence[ClaimedJob], staged: Any, turn: Turn) -> Sequence[Pixels | None]:
         step_limit = self._settings.limit_step.total_seconds()
         held.enter("wait")
-        if held.jobs[0].alone:
+        if some[0].alone:
             turn.keep()
             self._be_alone()
         with self._device:
             if held.lost or self.leaving.requested.is_set():
                 _close(staged)
-                return nothing
-            first = step_limit if held.jobs[0].recipe.lane in self._renderer.warm_state().lanes else None
+                return [None] * len(some)
+            first = step_limit if some[0].recipe.lane in self._renderer.warm_state().lanes else None
             # A cold pipeline moves to the device and may be compiled before its first step.
             held.enter("merge", first or self._settings.limit_load.total_seconds())
             began = monotonic()
@@ -185,9 +195,9 @@ class Executor:
                 to_go = each * (steps - step) + self._pace.decode.seconds
                 if last or self._pace.claim_is_due(to_go, each):
                     turn.over()
-                return self._dropped(held, to_go + self._pace.store.seconds)
+                return self._dropped(held, some, to_go + self._pace.store.seconds)
 
-            pictures = self._renderer.render(staged, recipes, on_step)
+            pictures = self._renderer.render(staged, [job.recipe for job in some], on_step)
             if held.phase == "decode":
                 self._pace.decode.took(held.seconds)
             return pictures
@@ -197,21 +207,24 @@ class Executor:
         while len(self.lease.held) > 1:
             Event().wait(ALONE_LOOK_SECONDS)
 
-    def _dropped(self, held: Held, seconds_to_go: float) -> Collection[int]:
+    def _dropped(self, held: Held, some: Sequence[ClaimedJob], seconds_to_go: float) -> Collection[int]:
         """Which of these jobs need no picture: cancelled ones, or all when it would come too late."""
         if held.lost or seconds_to_go > self.leaving.seconds_left:
-            return range(len(held.jobs))
+            return range(len(some))
         if not held.cancelled:
             return ()
-        return [index for index, job in enumerate(held.jobs) if job.id in held.cancelled]
+        return [index for index, job in enumerate(some) if job.id in held.cancelled]
 
-    def _unrendered(self, held: Held, job: ClaimedJob) -> Result:
-        """Why this job has no picture."""
+    def _unrendered(self, held: Held, job: ClaimedJob, error: Exception | None) -> Result:
+        """Why this job has no picture. A permanent error would come again, every other may pass."""
         if job.id in held.cancelled:
             return Result(job.id, job.attempt, Outcome.CANCELLED)
-        if held.lost or self.leaving.requested.is_set():
+        if error is None and (held.lost or self.leaving.requested.is_set()):
             return Result(job.id, job.attempt, Outcome.GIVEN_BACK)
-        return _failure(job, RenderFailed("the pipeline answered no picture"))
+        error = error or RenderFailed("the pipeline answered no picture")
+        outcome = Outcome.FAILED if isinstance(error, PermanentError) else Outcome.RETRY
+        code, message = (error.code, error.message) if isinstance(error, FarmError) else ("internal", repr(error))
+        return Result(job.id, job.attempt, outcome, error_code=code, error_message=message[:2000])
 
     def _finish(self, held: Held, results: Sequence[Result]) -> None:
         """Tell the database, however long it is away: only its answer says whether a result counted."""
@@ -263,11 +276,11 @@ class Executor:
             self.leaving.request(Exit.DEVICE, hurry=False)
 
 
-def _failure(job: ClaimedJob, error: Exception) -> Result:
-    """What an error does to a job: a permanent one would come again, everything else may pass."""
-    outcome = Outcome.FAILED if isinstance(error, PermanentError) else Outcome.RETRY
-    code, message = (error.code, error.message) if isinstance(error, FarmError) else ("internal", repr(error))
-    return Result(job.id, job.attempt, outcome, error_code=code, error_message=message[:2000])
+def _may_be_ones_fault(error: Exception) -> bool:
+    """Whether the other jobs of a micro-batch could be rendered without the one that raised this."""
+    if isinstance(error, FarmError):
+        return isinstance(error, RenderFailed) and not error.details.get("fatal")
+    return True
 
 
 def _patiently() -> Iterator[float]:

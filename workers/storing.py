@@ -24,6 +24,9 @@ SHARE_OF_LIMIT = 0.8
 FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 10.0
 
+Answer = Pixels | Exception | None
+"""What rendering one job came to: its picture, the error to blame, or nothing where it was dropped."""
+
 log = structlog.get_logger(__name__)
 
 
@@ -41,20 +44,19 @@ class Storing:
     def store(
         self,
         held: Held,
-        pictures: Sequence[Pixels | None],
-        unrendered: Callable[[Held, ClaimedJob], Result],
+        answers: Sequence[Answer],
+        unrendered: Callable[[Held, ClaimedJob, Exception | None], Result],
         leaving: Leaving,
     ) -> list[Result]:
-        """One result per job, in order; jobs without a picture are asked of `unrendered`. Never raises."""
-        waiting = [
-            None
-            if picture is None
-            else self._threads.submit(copy_context().run, self._one, held, job, picture, leaving)
-            for job, picture in zip(held.jobs, pictures, strict=True)
-        ]
-        return [
-            unrendered(held, job) if one is None else one.result() for job, one in zip(held.jobs, waiting, strict=True)
-        ]
+        """One result per job, in order; what jobs without a picture come to is asked of `unrendered`. Never raises."""
+
+        def begin(job: ClaimedJob, answer: Answer) -> Callable[[], Result]:
+            if answer is None or isinstance(answer, Exception):
+                return lambda: unrendered(held, job, answer)
+            return self._threads.submit(copy_context().run, self._one, held, job, answer, leaving).result
+
+        begun = [begin(job, answer) for job, answer in zip(held.jobs, answers, strict=True)]
+        return [result() for result in begun]
 
     def _one(self, held: Held, job: ClaimedJob, pixels: Pixels, leaving: Leaving) -> Result:
         try:

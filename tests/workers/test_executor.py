@@ -129,6 +129,18 @@ def test_an_error_ends_in_a_retry_unless_it_would_come_again(
         until(lambda: executor.work_once() and farm.counts(batch) == {"succeeded": 2})
 
 
+def test_a_recipe_that_cannot_be_rendered_fails_no_neighbour(
+    executor: Executor, farm: Queue, renderer: Ordered, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(renderer, "words", {**renderer.words, "FAIL": "spoiled"})
+    monkeypatch.setattr(renderer, "_misbehave", lambda recipes: StubRenderer._misbehave(renderer, recipes))
+    batch = farm.submit([{"prompt": prompt, "seed": 1} for prompt in ("fine", "spoiled", "good")])
+    executor.work_once()
+    assert farm.counts(batch) == {"succeeded": 2, "queued": 1}
+    states = {job.prompt: (job.state, job.attempt) for job in items(farm, batch)}
+    assert states["spoiled"] == (JobState.QUEUED, 1)
+
+
 def test_a_picture_that_cannot_be_encoded_fails_no_neighbour(
     executor: Executor, farm: Queue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
