@@ -42,12 +42,12 @@ class Settings:
     pool: int = 20_000
     autoencoder_steps: int = 2_600
     autoencoder_rate: float = 1e-3
-    base_steps: int = 4_000
+    base_steps: int = 2_600
     base_rate: float = 7e-4
-    base_batch: int = 32
-    distil_steps: int = 500
+    base_batch: int = 16
+    distil_steps: int = 300
     distil_rate: float = 4e-4
-    distil_batch: int = 24
+    distil_batch: int = 16
     bf16: bool = True
 
 

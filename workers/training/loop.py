@@ -121,7 +121,7 @@ def train(
     weights = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
     if not weights:
         raise TrainingError("nothing to train: no weight requires a gradient")
-    optimizer = torch.optim.AdamW(weights, lr=plan.rate, betas=(0.9, 0.99), weight_decay=1e-3)
+    optimizer = torch.optim.AdamW(weights, lr=plan.rate, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
     done = _resume(checkpoint, modules, averages, optimizer)
     first, started, smooth = done, time.monotonic(), math.nan
     lap = started
