@@ -92,7 +92,8 @@ class Counts(View):
 
 
 class BatchView(View):
-    """A batch. `images_per_second` covers the last minute; `eta_seconds` is null while nothing moves."""
+    """A batch. `images_per_second` covers the last minute, or its life if that is shorter;
+    `eta_seconds` is null while nothing moves."""
 
     id: UUID
     name: str

@@ -10,6 +10,7 @@ from sqlalchemy import Connection, RowMapping
 
 from farm.errors import InvalidRequest, NotFound
 from farm.jobs.running import StoredImage
+from farm.queries import models as model_rows
 from farm.queries import reading as rows
 from farm.queries import workers as worker_rows
 from farm.states import JobState
@@ -108,9 +109,26 @@ def queue(conn: Connection) -> list[LaneView]:
 
 
 def workers(conn: Connection) -> list[WorkerView]:
-    """Every worker that has not left."""
-    found = worker_rows.present(conn, LOST_AFTER)
-    return [WorkerView(**{**row, "state": "lost" if row["lost"] else row["state"]}) for row in found]
+    """Every worker that has not left. What is warm is told by name, or by hash where the name is gone."""
+    names = model_rows.names(conn)
+    return [
+        WorkerView(
+            **{
+                **row,
+                "state": "lost" if row["lost"] else row["state"],
+                "warm": [_warm_view(pipeline, names) for pipeline in row["warm"]],
+            }
+        )
+        for row in worker_rows.present(conn, LOST_AFTER)
+    ]
+
+
+def _warm_view(pipeline: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    checkpoint = pipeline.get("checkpoint", "")
+    adapters = [
+        {**use, "name": names.get(use.get("hash", ""), use.get("hash", ""))} for use in pipeline.get("adapters", [])
+    ]
+    return {**pipeline, "hash": checkpoint, "checkpoint": names.get(checkpoint, checkpoint), "adapters": adapters}
 
 
 def events(conn: Connection, project_id: UUID, batch_id: UUID, after: str | None) -> list[Event]:

@@ -93,6 +93,12 @@ def insert(conn: Connection, *, name: str, kind: str, found: Content) -> RowMapp
     return conn.execute(_INSERT, parameters).mappings().one_or_none()
 
 
+def names(conn: Connection) -> dict[str, str]:
+    """The name of each content hash that has one."""
+    found = conn.execute(text("SELECT hash, min(name) AS name FROM models GROUP BY hash"))
+    return {row.hash: row.name for row in found}
+
+
 def remove(conn: Connection, name: str) -> bool:
     """Forget a name; its content stays for the recipes that hold its hash."""
     return conn.execute(text("DELETE FROM models WHERE name = :name"), {"name": name}).rowcount > 0

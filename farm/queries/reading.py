@@ -36,7 +36,8 @@ _BATCH = f"""
     SELECT b.id, b.name, b.total, b.priority, b.labels, b.warnings, b.created_at, c.*,
            EXISTS (SELECT 1 FROM segments s WHERE s.batch_id = b.id AND s.paused) AS paused,
            coalesce((SELECT sum(r.succeeded) FROM rates r WHERE r.batch_id = b.id
-                     AND r.slot > clock_timestamp() - interval '70 seconds'), 0) / 60.0 AS rate
+                     AND r.slot > clock_timestamp() - interval '70 seconds'), 0)
+               / greatest(5, least(60, extract(epoch FROM clock_timestamp() - b.created_at))) AS rate
     FROM batches b CROSS JOIN LATERAL ({_COUNTS}) c
 """
 
