@@ -1,5 +1,6 @@
 """What commands show: JSON for scripts, tables and progress for people. Progress goes to standard error."""
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from rich.table import Table
 
 from farm.views import BatchView
 
+PATIENCE = 1.0
+"""Seconds a person waits without being told for what."""
 SPEAK_EVERY = 5.0
 """Seconds between two lines of progress where standard error is no terminal."""
 
@@ -90,15 +93,23 @@ def ago(moment: datetime) -> str:
 
 @contextmanager
 def waiting(what: str) -> Iterator[Callable[[str], None]]:
-    """Show that something takes its time; the function it yields notes what it is at."""
+    """Show that something takes its time, once it takes more than a moment; the function it yields notes what it is at.
+
+    Without a terminal there is a line when it gets long, and one when it is over.
+    """
     started = time.monotonic()
-    if not err.is_terminal:
-        typer.echo(f"{what} ...", err=True)
-        yield lambda _: None
-    else:
+    if err.is_terminal:
         with err.status(f"{what} ...") as status:
             yield lambda note: status.update(f"{what} ... {note}")
-    typer.echo(f"{what}: {seconds(time.monotonic() - started)}", err=True)
+    else:
+        late = threading.Timer(PATIENCE, lambda: typer.echo(f"{what} ...", err=True))
+        late.start()
+        try:
+            yield lambda _: None
+        finally:
+            late.cancel()
+    if (took := time.monotonic() - started) > PATIENCE:
+        typer.echo(f"{what}: {seconds(took)}", err=True)
 
 
 class Bar:

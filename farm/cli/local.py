@@ -22,21 +22,23 @@ if TYPE_CHECKING:
     from farm.settings import Settings
 
 Stage = Callable[[str], AbstractContextManager[object]]
+SERVERS = ("FARM_DATABASE_", "FARM_REDIS_", "FARM_S3_")
+"""How the variables start that say where a farm's servers are."""
 LOOK_EVERY = 1.0
 """Seconds between two looks at the services of a farm that was started for the occasion."""
 
 
 def environment(data_dir: Path) -> dict[str, str]:
-    """Our environment, with the `FARM_*` variables of the farm running in `data_dir` if none of its own leads to one.
+    """Our environment, completed by what leads to the servers of the farm in `data_dir` unless it leads to some itself.
 
-    Raises Unavailable when neither does.
+    Never a mixture of two farms. Raises Unavailable when there is neither.
     """
     own = dict(os.environ)
     if "FARM_DATABASE_URL" in own:
         return own
     file = data_dir / "environment.json"
     try:
-        return own | {str(name): str(value) for name, value in json.loads(file.read_text()).items()}
+        theirs = {str(name): str(value) for name, value in json.loads(file.read_text()).items()}
     except FileNotFoundError:
         raise Unavailable(
             f"no farm is running in {data_dir}, and FARM_DATABASE_URL is not set; "
@@ -44,6 +46,7 @@ def environment(data_dir: Path) -> dict[str, str]:
         ) from None
     except (OSError, ValueError, AttributeError) as error:
         raise InvalidRequest(f"{file} cannot be read: {error}; start the farm again") from error
+    return theirs | {name: value for name, value in own.items() if not name.startswith(SERVERS)}
 
 
 def settings(data_dir: Path) -> "Settings":

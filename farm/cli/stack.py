@@ -54,10 +54,12 @@ def status(data_dir: DataDir = DATA_DIR, as_json: AsJson = False) -> None:
     services = _services(data_dir)
     lanes: list[LaneView] = []
     workers: list[WorkerView] = []
+    names: dict[str, str] = {}
     failure: FarmError | None = None
     try:
         with connect(data_dir) as farm:
             lanes, workers = farm.queue(), farm.workers()
+            names = {model.hash: model.name for model in farm.checkpoints()}
     except FarmError as error:
         failure = error
     if as_json:
@@ -69,7 +71,7 @@ def status(data_dir: DataDir = DATA_DIR, as_json: AsJson = False) -> None:
             }
         )
     else:
-        _show(services, lanes, workers)
+        _show(services, lanes, workers, names)
     if failure is not None:
         raise failure
 
@@ -88,7 +90,9 @@ def _services(data_dir: Path) -> list[dict[str, Any]]:
     return [{name: each[name] for name in ("name", "pid", "address", "state")} for each in found]
 
 
-def _show(services: list[dict[str, Any]], lanes: "list[LaneView]", workers: "list[WorkerView]") -> None:
+def _show(
+    services: list[dict[str, Any]], lanes: "list[LaneView]", workers: "list[WorkerView]", names: dict[str, str]
+) -> None:
     if services:
         rows = [(each["name"], each["state"], each["pid"], each["address"]) for each in services]
         table(("SERVICE", "STATE", "#PID", "ADDRESS"), rows, "")
@@ -119,7 +123,7 @@ def _show(services: list[dict[str, Any]], lanes: "list[LaneView]", workers: "lis
                 worker.device,
                 worker.running,
                 ago(worker.heartbeat_at),
-                ", ".join(map(_warm, worker.warm)),
+                ", ".join(_warm(entry) for entry in worker.warm),
             )
             for worker in workers
         ),
@@ -128,8 +132,7 @@ def _show(services: list[dict[str, Any]], lanes: "list[LaneView]", workers: "lis
 
 
 def _warm(entry: dict[str, Any]) -> str:
-    """A checkpoint a worker keeps, with the adapters merged into it and its weight on the device."""
-    adapters = entry.get("adapters") or []
-    names = [str(use.get("name", use) if isinstance(use, dict) else use) for use in adapters]
+    """A checkpoint a worker keeps, by name, with its weight on the device."""
+    checkpoint = str(entry.get("checkpoint", "?"))
     room = f" ({size(entry['bytes'])})" if isinstance(entry.get("bytes"), int | float) else ""
-    return "+".join([str(entry.get("checkpoint", "?")), *names]) + room
+    return checkpoint + room

@@ -23,6 +23,28 @@ VARIABLES = {
     "FARM_DATABASE_URL": "postgresql://farm:a-real-secret@127.0.0.1:1/farm",
     "FARM_REDIS_URL": "redis://:a-real-secret@127.0.0.1:1/0",
 }
+WORKER = {
+    "id": "0190a0a0-0000-7000-8000-000000000001",
+    "pool": "default",
+    "host": "here",
+    "pid": 7,
+    "device": "cpu",
+    "version": "1",
+    "state": "idle",
+    "started_at": "2030-01-01T00:00:00Z",
+    "heartbeat_at": "2030-01-01T00:00:00Z",
+    "running": 0,
+    "warm": [{"checkpoint": "a" * 64, "bytes": 5_000_000}],
+}
+CHECKPOINT = {
+    "name": "crack-tiny",
+    "hash": "a" * 64,
+    "family": "crack-tiny",
+    "state": "available",
+    "bytes": 5_000_000,
+    "profile": {},
+    "created_at": "2030-01-01T00:00:00Z",
+}
 
 
 @pytest.mark.parametrize("module", [display, options, render])
@@ -54,6 +76,12 @@ def test_settings_of_a_running_farm_come_from_its_data_directory(
         local.settings(tmp_path)
     (tmp_path / "environment.json").write_text(json.dumps(VARIABLES))
     assert isinstance(local.settings(tmp_path), Settings)
+    monkeypatch.setenv("FARM_API_PORT", "18000")
+    monkeypatch.setenv("FARM_REDIS_URL", "redis://:elsewhere@redis:6379/0")
+    found = local.settings(tmp_path)
+    assert found.api_port == 18000, "what is set by hand counts"
+    assert "127.0.0.1" in found.redis_url.get_secret_value(), "but servers are those of one farm"
+    monkeypatch.delenv("FARM_REDIS_URL")
     monkeypatch.setenv("FARM_DATABASE_URL", "postgresql://farm:elsewhere@db:5432/farm")
     with pytest.raises(InvalidRequest) as raised:
         local.settings(tmp_path)
@@ -71,7 +99,8 @@ def test_status_tells_who_is_really_there(run: Run, fake: FakeFarm) -> None:
     Path(".farm").mkdir()
     Path(".farm/stack.json").write_text(json.dumps(services))
     fake.on("GET", "/api/v1/queue", page())
-    fake.on("GET", "/api/v1/workers", page())
+    fake.on("GET", "/api/v1/workers", page(WORKER))
+    fake.on("GET", "/api/v1/checkpoints", page(CHECKPOINT))
     result = run("status", "--json")
     assert result.exit_code == 0, result.output
     assert orjson.loads(result.stdout) == {
@@ -80,9 +109,11 @@ def test_status_tells_who_is_really_there(run: Run, fake: FakeFarm) -> None:
             {"name": "worker", "pid": None, "address": "cpu", "state": "stopped"},
         ],
         "lanes": [],
-        "workers": [],
+        "workers": [WORKER],
     }
-    assert "The queue is empty." in run("status").stdout
+    shown = run("status").stdout
+    assert "The queue is empty." in shown
+    assert "crack-tiny (4.8 MiB)" in shown
 
 
 def test_status_of_an_unreachable_farm_shows_what_is_known(run: Run, fake: FakeFarm) -> None:
