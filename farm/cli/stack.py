@@ -54,12 +54,10 @@ def status(data_dir: DataDir = DATA_DIR, as_json: AsJson = False) -> None:
     services = _services(data_dir)
     lanes: list[LaneView] = []
     workers: list[WorkerView] = []
-    names: dict[str, str] = {}
     failure: FarmError | None = None
     try:
         with connect(data_dir) as farm:
             lanes, workers = farm.queue(), farm.workers()
-            names = {model.hash: model.name for model in farm.checkpoints()}
     except FarmError as error:
         failure = error
     if as_json:
@@ -71,7 +69,7 @@ def status(data_dir: DataDir = DATA_DIR, as_json: AsJson = False) -> None:
             }
         )
     else:
-        _show(services, lanes, workers, names)
+        _show(services, lanes, workers)
     if failure is not None:
         raise failure
 
@@ -90,9 +88,7 @@ def _services(data_dir: Path) -> list[dict[str, Any]]:
     return [{name: each[name] for name in ("name", "pid", "address", "state")} for each in found]
 
 
-def _show(
-    services: list[dict[str, Any]], lanes: "list[LaneView]", workers: "list[WorkerView]", names: dict[str, str]
-) -> None:
+def _show(services: list[dict[str, Any]], lanes: "list[LaneView]", workers: "list[WorkerView]") -> None:
     if services:
         rows = [(each["name"], each["state"], each["pid"], each["address"]) for each in services]
         table(("SERVICE", "STATE", "#PID", "ADDRESS"), rows, "")
