@@ -17,7 +17,7 @@ from farm.stack import Servers
 from farm.states import JobState
 from farm.storage import Store
 from tests.farm.conftest import Queue
-from tests.workers.conftest import Start, until
+from tests.workers.conftest import Start, sweeping, until
 from workers.exits import Exit
 
 
@@ -51,14 +51,17 @@ def test_jobs_of_a_killed_worker_run_elsewhere(farm: Queue, start: Start, sweepe
     until(lambda: all_succeeded(farm, batch, 4))
 
 
-def test_a_poison_job_is_quarantined_and_its_neighbour_is_innocent(farm: Queue, start: Start, sweeper: None) -> None:
+def test_a_poison_job_is_quarantined_and_its_neighbour_is_innocent(
+    farm: Queue, start: Start, settings: Settings
+) -> None:
     batch = farm.submit([{"prompt": "fine", "seed": 1}, {"prompt": "poison", "seed": 2}])
-    for _ in range(3):
-        worker = start(STUB_CRASH="poison")
-        until(lambda worker=worker: not worker.alive or farm.batch(batch).done)
-        if worker.alive:
-            break
-    until(lambda: farm.counts(batch) == {"succeeded": 1, "failed": 1})
+    with sweeping(settings.model_copy(update={"max_crashes": 1})):
+        for _ in range(3):
+            worker = start(STUB_CRASH="poison")
+            until(lambda worker=worker: not worker.alive or farm.batch(batch).done)
+            if worker.alive:
+                break
+        until(lambda: farm.counts(batch) == {"succeeded": 1, "failed": 1})
     failed = farm.do(jobs.list_jobs, farm.project, batch=batch.id, states=[JobState.FAILED]).items[0]
     assert failed.prompt == "poison"
     assert failed.error is not None
