@@ -148,9 +148,12 @@ class Sweeper:
             keys = maintaining.due_objects(conn, OBJECTS_AT_ONCE)
             if keys:
                 # First the objects, then the rows that remember them: a crash in between only repeats a delete.
-                self.store.delete_many(keys)
+                self.store.delete_many(found for key in keys for found in self._objects_of(key))
                 maintaining.forget_objects(conn, keys)
         return len(keys) == OBJECTS_AT_ONCE
+
+    def _objects_of(self, key: str) -> list[str]:
+        return self.store.keys_below(key) if key.endswith("-") else [key]
 
     def prune(self) -> bool:
         """Forget what nobody asks for any more."""

@@ -363,7 +363,10 @@ class Rate(Base):
 
 
 class DoomedObject(Base):
-    """An object in S3 that nothing refers to any more: its key, and when it may be deleted."""
+    """An object in S3 that nothing refers to any more: its key, and when it may be deleted.
+
+    A key that ends in `-` stands for whatever a crashed attempt left below that prefix.
+    """
 
     __tablename__ = "doomed_objects"
     key: Mapped[str] = mapped_column(primary_key=True)

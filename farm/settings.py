@@ -16,7 +16,6 @@ PLACEHOLDERS = frozenset({"", "changeme", "change-me", "password", "secret", "fa
 """Passwords that are no secret. Refused outside development."""
 
 
-
 def _from_seconds(value: object) -> object:
     """Text that is a plain number counts seconds; the environment holds nothing but text."""
     try:

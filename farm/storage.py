@@ -14,7 +14,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import quote
-from uuid import UUID
 
 import boto3
 from boto3.s3.transfer import TransferConfig
@@ -125,6 +124,12 @@ class Store:
                 first = failed[0]
                 raise Unavailable(f"S3: {len(failed)} objects not deleted, first {first.get('Key')}: {first}")
 
+    def keys_below(self, prefix: str) -> list[str]:
+        """The keys that begin with a prefix. For prefixes of one attempt, which hold two objects at most."""
+        with _translated(prefix):
+            answer = self._client.list_objects_v2(Bucket=self.bucket, Prefix=prefix)
+        return [found["Key"] for found in answer.get("Contents", [])]
+
     def presign(self, key: str, filename: str, seconds: float | timedelta) -> str:
         """A URL that anyone may GET for `seconds`, saved under `filename`; it names the public endpoint."""
         lasting = seconds.total_seconds() if isinstance(seconds, timedelta) else seconds
@@ -171,17 +176,6 @@ class Store:
     def _public_client(self) -> "S3Client":
         public = self._settings.s3_public_endpoint_url
         return _make_client(self._settings, public) if public else self._client
-
-
-def image_key(project_id: UUID, job_id: UUID, attempt: int, sha256: str, ext: str) -> str:
-    """Where one attempt's picture lies.
-
-    The two-hex spread comes from the random end of the job's id, so that a project's uploads fall on 256 prefixes.
-
-    >>> image_key(UUID(int=1), UUID(int=0xAB), 2, "e3b0", "png")
-    '00000000-0000-0000-0000-000000000001/ab/00000000-0000-0000-0000-0000000000ab/2-e3b0.png'
-    """
-    return f"{project_id}/{job_id.hex[-2:]}/{job_id}/{attempt}-{sha256}.{ext}"
 
 
 def _make_client(settings: Settings, endpoint: str | None) -> "S3Client":

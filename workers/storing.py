@@ -11,9 +11,10 @@ import structlog
 
 from farm.errors import FarmError, PermanentError, Unavailable
 from farm.jobs import ClaimedJob, Result, StoredImage
+from farm.objects import image_key
 from farm.settings import Settings
 from farm.states import Outcome
-from farm.storage import Store, image_key
+from farm.storage import Store
 from workers.lease import Held
 from workers.leaving import Leaving
 from workers.pictures import Pixels, encode_png, encode_thumbnail, metadata

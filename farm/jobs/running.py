@@ -11,6 +11,7 @@ from sqlalchemy import Connection, RowMapping
 
 from farm import scheduling
 from farm.backoff import backoff
+from farm.objects import attempt_prefix
 from farm.queries import claiming, finishing
 from farm.recipe import Recipe
 from farm.scheduling import Candidate, Policy, Warm
@@ -230,6 +231,9 @@ def rescue(conn: Connection, *, settings: Settings, now: datetime | None = None,
             moves.append(_crashed(job, settings=settings))
     done = finishing.move(conn, moves, now) if moves else set()
     _requeue(conn, rows, moves, done)
+    # What a crashed attempt had uploaded already, nobody knows: the sweeper looks below the attempt's own prefix.
+    prefixes = [attempt_prefix(rows[m["id"]]["project_id"], m["id"], m["attempt"]) for m in moves if m["id"] in done]
+    finishing.doom(conn, [], prefixes, settings.keep_deleted, now)
     return len(done)
 
 

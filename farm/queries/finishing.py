@@ -72,7 +72,7 @@ _PUBLISHED = text("""
 
 # Leases of a database that was away mean nothing: nobody could renew them. Wait one lease after its start.
 _EXPIRED = text("""
-    SELECT c.id, a.job_id, a.number, count(*) OVER (PARTITION BY c.id) AS size
+    SELECT c.id, a.job_id, a.number
     FROM claims c JOIN attempts a ON a.claim_id = c.id
     WHERE c.closed_at IS NULL AND a.outcome IS NULL
       AND ((CAST(:worker AS uuid) IS NOT NULL AND c.worker_id = :worker)
@@ -144,7 +144,7 @@ def doom(conn: Connection, ids: Collection[UUID], keys: Collection[str], keep: t
 def expired(
     conn: Connection, *, worker: UUID | None, lease: timedelta, limit: int, now: datetime
 ) -> Sequence[RowMapping]:
-    """Running attempts of claims whose lease ran out (or of one dead worker), by job; `size` of their claim beside."""
+    """Running attempts of claims whose lease ran out (or of one dead worker), by job."""
     parameters = {"worker": worker, "lease": lease, "limit": limit, "now": now}
     return conn.execute(_EXPIRED, parameters).mappings().all()
 

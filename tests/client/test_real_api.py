@@ -13,7 +13,8 @@ from farm import errors, jobs
 from farm.client import AsyncFarm, Farm
 from farm.jobs import Result, StoredImage, Warm
 from farm.states import Outcome
-from farm.storage import Store, image_key
+from farm.objects import image_key
+from farm.storage import Store
 from farm.views import BatchView, JobView
 from tests.api.conftest import Api, _plain_logs, api, shared
 

@@ -9,6 +9,7 @@ from sqlalchemy import text
 
 from farm import jobs
 from farm.jobs import Warm
+from farm.objects import attempt_prefix
 from farm.queries import claiming
 from farm.recipe import Recipe
 from farm.states import JobState, Outcome
@@ -94,7 +95,7 @@ def test_a_zombie_changes_nothing(queue: Queue) -> None:
     assert set(queue.finish(first).values()) == {"lost"}
     doomed = queue.do(lambda conn: set(conn.scalars(text("SELECT key FROM doomed_objects"))))
     job = first.jobs[0]
-    assert doomed == {f"p/{job.id}/1", f"p/{job.id}/1.webp"}
+    assert doomed == {f"p/{job.id}/1", f"p/{job.id}/1.webp", attempt_prefix(queue.project, job.id, 1)}
     assert queue.do(lambda conn: conn.scalar(text("SELECT count(*) FROM images"))) == 1
 
 
