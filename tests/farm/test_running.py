@@ -113,18 +113,18 @@ def test_a_repeated_finish_or_claim_is_recognised(queue: Queue) -> None:
 
 def test_an_expired_lease_is_rescued_and_a_renewed_one_is_not(queue: Queue) -> None:
     old_server(queue)
+    lease = queue.settings.lease
     batch = queue.submit(2)
-    claimed = queue.claim()
+    start = later(queue, 0)
+    claimed = queue.claim(now=start)
     assert claimed is not None
-    soon = later(queue, 0.2)
-    assert queue.do(jobs.rescue, settings=queue.settings, now=soon) == 0
-    renewal = queue.do(jobs.renew, worker=queue.worker, claims=[claimed.claim_id], settings=queue.settings, now=soon)
-    assert not renewal.lost
-    assert queue.do(jobs.rescue, settings=queue.settings, now=later(queue, 0.3)) == 0
-    assert queue.do(jobs.rescue, settings=queue.settings, now=later(queue, 2)) == 2
+    assert queue.do(jobs.rescue, settings=queue.settings, now=start + lease * 0.9) == 0
+    again = {"worker": queue.worker, "claims": [claimed.claim_id], "settings": queue.settings}
+    assert not queue.do(jobs.renew, **again, now=start + lease * 0.9).lost
+    assert queue.do(jobs.rescue, settings=queue.settings, now=start + lease * 1.8) == 0
+    assert queue.do(jobs.rescue, settings=queue.settings, now=start + lease * 2) == 2
     assert queue.counts(batch) == {"queued": 2}
-    renewal = queue.do(jobs.renew, worker=queue.worker, claims=[claimed.claim_id], settings=queue.settings)
-    assert renewal.lost == {claimed.claim_id}
+    assert queue.do(jobs.renew, **again, now=start + lease * 2).lost == {claimed.claim_id}
 
 
 def test_after_a_crash_a_job_is_claimed_alone_and_only_lonely_crashes_quarantine(queue: Queue) -> None:
