@@ -23,26 +23,26 @@ _loaded: list[Any] = []
 
 def _pipeline() -> Any:
     """This thread's pipeline; the first call in a process loads the weights."""
-    import torch
-    from diffusers import LCMScheduler, StableDiffusionPipeline
-
     if hasattr(_mine, "pipe"):
         return _mine.pipe
-    folder = os.environ["PLAIN_MODEL"]
+    # Importing diffusers in two threads at once fails now and then, so that is done in turns too.
     with _once:
+        import torch
+        from diffusers import LCMScheduler, StableDiffusionPipeline
+
         if not _loaded:
-            torch.set_num_threads(int(os.environ["PLAIN_TORCH_THREADS"]))
+            folder = os.environ["PLAIN_MODEL"]
             pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, torch_dtype=torch.float32)
             pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
             pipe.load_lora_weights(folder, weight_name="lcm-lora.safetensors")
             pipe.fuse_lora()
             pipe.unload_lora_weights()
             _loaded.append(pipe)
-    parts = {**_loaded[0].components, "scheduler": LCMScheduler.from_config(_loaded[0].scheduler.config)}
-    _mine.pipe = StableDiffusionPipeline(**parts, requires_safety_checker=False)
-    _mine.pipe.set_progress_bar_config(disable=True)
-    # torch keeps the number of threads for each thread that starts work.
-    torch.set_num_threads(int(os.environ["PLAIN_TORCH_THREADS"]))
+        parts = {**_loaded[0].components, "scheduler": LCMScheduler.from_config(_loaded[0].scheduler.config)}
+        _mine.pipe = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+        _mine.pipe.set_progress_bar_config(disable=True)
+        # torch keeps this number for each thread that starts work.
+        torch.set_num_threads(int(os.environ["PLAIN_TORCH_THREADS"]))
     return _mine.pipe
 
 
@@ -55,9 +55,9 @@ def _s3() -> Any:
 @app.task(name="plain.render")  # type: ignore[untyped-decorator]
 def render(prompt: str, seed: int, steps: int, side: int, key: str) -> str:
     """Render, encode, upload; answers the key."""
+    pipe = _pipeline()
     import torch
 
-    pipe = _pipeline()
     with torch.inference_mode():
         picture = pipe(
             prompt,
