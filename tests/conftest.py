@@ -15,6 +15,7 @@ from pydantic import SecretStr
 from redis import Redis
 from sqlalchemy import make_url
 
+import workers  # noqa: F401  # before any test imports diffusers: it forbids remote code
 from farm.db import Database, migrate
 from farm.settings import Settings
 from farm.stack import Servers, embedded_servers, settings_from

@@ -107,22 +107,25 @@ def test_larger_than_the_budget(sd_folder: Path, pipeline: Pipeline) -> None:
         small.residents.admit(small.hold("a"))
 
 
-def test_pristine_copies_count(fetch: Fetch, sd_folder: Path, pipeline: Pipeline) -> None:
+def test_pristine_copies_count(fetch: Fetch, sd_folder: Path, engine: Engine) -> None:
     """Two bare checkpoints fit; with one of them merged, the other has to go."""
+    bare = [recipe(steps=1)]
+    engine.render(engine.stage(bare), bare, go_on)
+    size = engine.warm()[0]["bytes"]
     places = {"sd": sd_folder, "other": sd_folder}
-    engine = Engine(
-        farm_settings(device_budget_bytes=2 * pipeline.bytes + 1000),
+    tight = Engine(
+        farm_settings(device_budget_bytes=2 * size + 1000),
         lambda name: places[name] if name in places else fetch(name),
     )
-    for changes in ({}, {"checkpoint": "other"}):
-        bare = [recipe(steps=1, **changes)]
-        engine.render(engine.stage(bare), bare, go_on)
-    assert engine.warm_state().checkpoints == {"sd", "other"}
+    for checkpoint in places:
+        bare = [recipe(steps=1, checkpoint=checkpoint)]
+        tight.render(tight.stage(bare), bare, go_on)
+    assert tight.warm_state().checkpoints == {"sd", "other"}
     merged = [recipe(steps=1, checkpoint="other", acceleration={"hash": "fast", "weight": 1.0})]
-    engine.render(engine.stage(merged), merged, go_on)
-    assert engine.warm_state().checkpoints == {"other"}
-    (warm,) = engine.warm()
-    assert warm["bytes"] == pipeline.bytes + warm["pristine_bytes"] > pipeline.bytes
+    tight.render(tight.stage(merged), merged, go_on)
+    assert tight.warm_state().checkpoints == {"other"}
+    (warm,) = tight.warm()
+    assert warm["bytes"] == size + warm["pristine_bytes"] > size
 
 
 def test_things_kept_by_bytes() -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from farm.errors import InvalidModel
 from workers.pipelines.engine import Engine
 from workers.pipelines.load import estimate, load, load_vae, measured
+from workers.pipelines.upsample import merge_upsampling
 
 from . import toys
 from .conftest import farm_settings, go_on, recipe
@@ -136,3 +137,14 @@ def test_another_vae(tmp_path: Path, sd_folder: Path) -> None:
 def test_a_folder_that_is_no_vae_is_refused(sd_folder: Path) -> None:
     with pytest.raises(InvalidModel, match="'UNet2DConditionModel' is not one of"):
         load_vae(sd_folder / "unet", "sd", F32, F32)
+
+
+def test_upsampling_in_one_step_decodes_the_same(sd_folder: Path) -> None:
+    plain, merged = (load(sd_folder, "a", F32, F32).vae for _ in range(2))
+    assert merge_upsampling(merged) == 3
+    assert merge_upsampling(merged) == 0
+    latents = torch.randn((2, 4, 6, 10), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected, made = (vae.decode(latents, return_dict=False)[0] for vae in (plain, merged))
+    assert made.shape == (2, 3, 48, 80)
+    torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-4)

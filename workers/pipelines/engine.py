@@ -22,6 +22,7 @@ from workers.pipelines.load import Pipeline, load, load_vae
 from workers.pipelines.lru import Lru
 from workers.pipelines.render import OnStep, Picture, render
 from workers.pipelines.targets import aliases
+from workers.pipelines.upsample import merge_upsampling
 
 ADAPTER_BYTES = 4 * 1024**3
 """Parsed adapters kept in host memory: 40 LCM-LoRAs of SDXL, or hundreds of style adapters."""
@@ -246,13 +247,19 @@ class Engine:
     def _load(self, checkpoint: str) -> Pipeline:
         folder = self._fetch(checkpoint)
         pipeline = load(folder, checkpoint, self._device.dtype, self._device.vae_dtype)
+        self._tune(pipeline.vae)
         log.info(
             "checkpoint loaded", checkpoint=checkpoint, seconds=round(pipeline.load_seconds, 3), bytes=pipeline.bytes
         )
         return pipeline
 
     def _load_vae(self, vae: str, pipeline: Pipeline) -> Any:
-        return load_vae(self._fetch(vae), pipeline.family, self._device.dtype, self._device.vae_dtype)
+        return self._tune(load_vae(self._fetch(vae), pipeline.family, self._device.dtype, self._device.vae_dtype))
+
+    def _tune(self, vae: Any) -> Any:
+        if self._device.on_cpu:
+            merge_upsampling(vae)
+        return vae
 
     def _adapter(self, adapter: str, pipeline: Pipeline) -> Adapter:
         """An adapter parsed for pipelines of this structure."""

@@ -1,0 +1,92 @@
+"""The default model as it is shipped: trained weights, real files, its own LCM-LoRA."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import LCMScheduler, StableDiffusionPipeline
+
+import farm
+from farm.recipe import Recipe
+from workers.pipelines.engine import Engine
+from workers.pipelines.safefile import read_header
+
+from .conftest import farm_settings, go_on
+
+MODEL = Path(farm.__file__).parent / "assets" / "crack-tiny"
+PROFILE = json.loads((MODEL / "profile.json").read_text())
+LORA = MODEL / PROFILE["lcm_lora"]
+SENTENCES = (
+    "A single split crack on a concrete wall",
+    "Sunlight shining on an outdoor concrete wall with split cracks",
+    "Vertically split cracks on an old yellow painted concrete wall",
+    "Water draining down next to a cracked concrete wall",
+)
+
+
+def recipe(number: int, **changes: object) -> Recipe:
+    body = {
+        "prompt": SENTENCES[number],
+        "seed": number,
+        "width": PROFILE["width"],
+        "height": PROFILE["height"],
+        "steps": PROFILE["steps"],
+        "guidance_scale": PROFILE["guidance_scale"],
+        "scheduler": "lcm",
+        "checkpoint": "crack-tiny",
+        "acceleration": {"hash": "lcm", "weight": 1.0},
+    }
+    return Recipe.model_validate({**body, **changes})
+
+
+@pytest.fixture
+def engine() -> Engine:
+    return Engine(farm_settings(), {"crack-tiny": MODEL, "lcm": LORA}.__getitem__)
+
+
+def render(engine: Engine, recipes: list[Recipe]) -> list[np.ndarray]:
+    return [picture for picture in engine.render(engine.stage(recipes), recipes, go_on) if picture is not None]
+
+
+def test_four_sentences_as_stock_diffusers_renders_them(engine: Engine) -> None:
+    recipes = [recipe(number) for number in range(4)]
+    ours = render(engine, recipes)
+    stock = StableDiffusionPipeline.from_pretrained(MODEL, safety_checker=None, local_files_only=True)
+    stock.scheduler = LCMScheduler.from_config(stock.scheduler.config)
+    stock.set_progress_bar_config(disable=True)
+    stock.load_lora_weights(str(LORA), local_files_only=True)
+    theirs = stock(
+        list(SENTENCES),
+        num_inference_steps=PROFILE["steps"],
+        guidance_scale=PROFILE["guidance_scale"],
+        generator=[torch.Generator().manual_seed(one.seed) for one in recipes],
+        output_type="pil",
+    ).images
+    for mine, other in zip(ours, theirs, strict=True):
+        assert np.abs(mine.astype(int) - np.asarray(other)).max() <= 1
+        assert mine.std() > 5, "a picture, not a flat colour"
+    alone = render(engine, [recipes[2]])[0]
+    assert np.abs(alone.astype(int) - ours[2]).max() <= 1
+
+
+def test_the_yellow_wall_is_yellow(engine: Engine) -> None:
+    """The weights are trained: a colour asked for is a colour seen, over several seeds."""
+    yellow, plain = (
+        np.stack(render(engine, [recipe(number, seed=seed) for seed in range(8)])).reshape(-1, 3).mean(axis=0)
+        for number in (2, 0)
+    )
+    assert (yellow[0] - yellow[2]) - (plain[0] - plain[2]) > 20, "redder than blue, and more so than concrete is"
+
+
+def test_the_plain_teacher_renders_too(engine: Engine) -> None:
+    teacher = {"acceleration": None, "scheduler": "ddim", "guidance_scale": PROFILE["teacher_guidance_scale"]}
+    (picture,) = render(engine, [recipe(2, steps=10, **teacher)])
+    assert picture.std() > 5
+
+
+def test_the_lora_is_in_kohya_spelling() -> None:
+    keys = read_header(LORA).tensors
+    assert all(key.startswith("lora_unet_") for key in keys)
+    assert any(key.endswith(".lora_down.weight") for key in keys)
