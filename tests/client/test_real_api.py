@@ -12,8 +12,8 @@ import pytest
 from farm import errors, jobs
 from farm.client import AsyncFarm, Farm
 from farm.jobs import Result, StoredImage, Warm
-from farm.states import Outcome
 from farm.objects import image_key
+from farm.states import Outcome
 from farm.storage import Store
 from farm.views import BatchView, JobView
 from tests.api.conftest import Api, _plain_logs, api, shared
