@@ -258,7 +258,7 @@ def main() -> None:
     demo = [t for t in DEMO for _ in range(8)]
     made, _ = renderer.render(demo, lcm=True, steps=4, guidance=1.0, seed=1)
     sheet(made, options.out / "crack_tiny_demo.png")
-    alone = [renderer.render(DEMO[:1], lcm=True, steps=4, guidance=1.0, seed=1)[1] for _ in range(5)]
+    alone = [renderer.render(list(DEMO[:1]), lcm=True, steps=4, guidance=1.0, seed=1)[1] for _ in range(5)]
     eight = [renderer.render(demo[:8], lcm=True, steps=4, guidance=1.0, seed=1)[1] for _ in range(3)]
     report["seconds, one alone"] = round(float(np.median(alone)), 3)
     report["seconds each, eight together"] = round(float(np.median(eight)), 3)
