@@ -34,7 +34,7 @@ WORKER = {
     "started_at": "2030-01-01T00:00:00Z",
     "heartbeat_at": "2030-01-01T00:00:00Z",
     "running": 0,
-    "warm": [{"checkpoint": "a" * 64, "bytes": 5_000_000}],
+    "warm": [{"checkpoint": "crack-tiny", "hash": "a" * 64, "bytes": 5_000_000}],
 }
 CHECKPOINT = {
     "name": "crack-tiny",

@@ -71,13 +71,13 @@ def test_four_sentences_as_stock_diffusers_renders_them(engine: Engine) -> None:
     assert np.abs(alone.astype(int) - ours[2]).max() <= 1
 
 
-def test_the_yellow_wall_is_yellow(engine: Engine) -> None:
-    """The weights are trained: a colour asked for is a colour seen, over several seeds."""
-    yellow, plain = (
-        np.stack(render(engine, [recipe(number, seed=seed) for seed in range(8)])).reshape(-1, 3).mean(axis=0)
-        for number in (2, 0)
+def test_the_blue_wall_is_blue(engine: Engine) -> None:
+    """The weights are trained: a wall asked for is the wall seen, over several seeds."""
+    blue, plain = (
+        np.stack(render(engine, [recipe(0, prompt=prompt, seed=seed) for seed in range(8)])).reshape(-1, 3).mean(axis=0)
+        for prompt in ("a wide crack in a blue wall", SENTENCES[0])
     )
-    assert (yellow[0] - yellow[2]) - (plain[0] - plain[2]) > 20, "redder than blue, and more so than concrete is"
+    assert (plain[0] - plain[2]) - (blue[0] - blue[2]) > 20, "bluer than red, and more so than concrete is"
 
 
 def test_the_plain_teacher_renders_too(engine: Engine) -> None:
