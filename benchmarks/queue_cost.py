@@ -188,7 +188,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--case", action="append", choices=list(CASES))
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="farm-bench-") as folder, embedded(Path(folder)) as settings:
+    with tempfile.TemporaryDirectory(prefix="farm-measure-") as folder, embedded(Path(folder)) as settings:
         print(f"{'case':26} {options.small:>12,} {options.large:>12,}   ratio   (median ms, claim + finish of 8)")
         for name in options.case or CASES:
             farms = []

@@ -69,25 +69,27 @@ class Ground:
     first: dict[str, Image.Image] = field(default_factory=dict)
     """The first picture of the last round, by contender."""
     cpu: dict[str, list[float]] = field(default_factory=dict)
-    """Processor seconds a picture in every round, by the farm's service, or `bare`."""
+    """Processor seconds a picture in every round, by the farm's service, `bare` or `celery`."""
 
     @property
     def settings(self) -> Settings:
         return self.stack.settings
 
     def processor_seconds(self) -> dict[str, float]:
-        """What each service of the farm has used since it started, its child processes included."""
-        used = {}
-        for service in self.stack.services:
-            top = psutil.Process(service.pid or 0)
-            times = [one.cpu_times() for one in (top, *top.children(recursive=True))]
-            used[service.name] = sum(time.user + time.system for time in times)
-        return used
+        """What each service of the farm has used since it started."""
+        return {service.name: processor_seconds(service.pid or 0) for service in self.stack.services}
 
     @property
     def redis_url(self) -> str:
         """A database of Valkey that the farm does not use."""
         return self.settings.redis_url.get_secret_value().rsplit("/", 1)[0] + "/1"
+
+
+def processor_seconds(pid: int) -> float:
+    """What a process has used since it started, its child processes included."""
+    top = psutil.Process(pid)
+    times = [one.cpu_times() for one in (top, *top.children(recursive=True))]
+    return sum(time.user + time.system for time in times)
 
 
 def make_jobs(count: int, round_number: int) -> Jobs:
@@ -161,8 +163,8 @@ def bare_loop(ground: Ground) -> Contender:
 
 
 @contextmanager
-def celery_worker(ground: Ground, pool: str, torch_threads: int) -> Iterator[Celery]:
-    """A worker with a pool of two, and an app to submit with."""
+def celery_worker(ground: Ground, pool: str, torch_threads: int) -> Iterator[tuple[Celery, int]]:
+    """A worker with a pool of two: an app to submit with, and the worker's process id."""
     secret = ground.settings.s3_secret_access_key
     environment = {
         **os.environ,
@@ -183,7 +185,7 @@ def celery_worker(ground: Ground, pool: str, torch_threads: int) -> Iterator[Cel
     process = spawn(command, environment=environment, log=log, directory=ground.folder)
     identity = Identity.of(process.pid)
     try:
-        yield Celery("submitter", broker=ground.redis_url, backend=ground.redis_url)
+        yield Celery("submitter", broker=ground.redis_url, backend=ground.redis_url), process.pid
         if process.poll() is not None:
             raise SystemExit(f"the plain Celery worker ended:{tail(log)}")
     finally:
@@ -207,9 +209,13 @@ def plain_celery(ground: Ground) -> Contender:
     best: list[tuple[str, int]] = []
 
     def once(choice: tuple[str, int], jobs: Jobs) -> float:
-        with celery_worker(ground, *choice) as app:
+        with celery_worker(ground, *choice) as (app, pid):
             run_celery(ground, app, make_jobs(WARM_UP, WARM_ROUND))
-            return run_celery(ground, app, jobs)
+            before = processor_seconds(pid)
+            elapsed = run_celery(ground, app, jobs)
+            if best:
+                ground.cpu.setdefault("celery", []).append((processor_seconds(pid) - before) / len(jobs))
+            return elapsed
 
     def run(jobs: Jobs) -> float:
         if not best:
@@ -243,7 +249,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     catalogue.ASSETS = options.model.absolute()
     profile = json.loads((catalogue.ASSETS / "profile.json").read_text())
-    with tempfile.TemporaryDirectory(prefix="farm-bench-") as name:
+    with tempfile.TemporaryDirectory(prefix="farm-measure-") as name:
         folder = Path(name)
         folder.chmod(0o711)
         os.environ["FARM_CACHE_DIR"] = str(folder / "cache")

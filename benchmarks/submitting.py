@@ -147,7 +147,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     catalogue.ASSETS = options.model.absolute()
     sizes = [Size(lines) for lines in options.lines or (10_000, 200_000)]
-    with tempfile.TemporaryDirectory(prefix="farm-bench-") as name:
+    with tempfile.TemporaryDirectory(prefix="farm-measure-") as name:
         folder = Path(name)
         folder.chmod(0o711)
         files = {size.lines: write_lines(folder / f"{size.lines}.ndjson", size.lines) for size in sizes}
