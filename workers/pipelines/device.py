@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from farm.settings import Settings
-from workers.pipelines.spread import Spread
 
 CPU_BUDGET = 4 * 1024**3
 GPU_SHARE = 0.8
@@ -22,7 +21,6 @@ class Device:
     place: torch.device
     dtype: torch.dtype
     budget: int
-    spread: Spread = field(default_factory=Spread)
 
     @property
     def on_cpu(self) -> bool:
@@ -67,9 +65,8 @@ def choose(settings: Settings) -> Device:
         raise ValueError(f"FARM_DEVICE={settings.device}: must be auto, cpu, cuda:N or mps")
     if settings.threads and device.type == "cpu":
         torch.set_num_threads(settings.threads)
-    spread = Spread(torch.get_num_threads() if device.type == "cpu" else 1)
     dtype = settings.dtype if settings.dtype != "auto" else ("float32" if device.type == "cpu" else "float16")
-    return Device(device, DTYPES[dtype], settings.device_budget_bytes or _budget(device), spread)
+    return Device(device, DTYPES[dtype], settings.device_budget_bytes or _budget(device))
 
 
 def _budget(device: torch.device) -> int:
