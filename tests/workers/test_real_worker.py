@@ -47,7 +47,7 @@ def test_the_real_worker_renders_what_was_asked(farm: Queue, store: Store, setti
         assert len({picture.tobytes() for picture in pictures}) == 6
         (told,) = farm.do(jobs.workers)
         assert told.device == "cpu"
-        assert [one["checkpoint"] for one in told.warm] == [known.checkpoints["crack-tiny"].hash]
+        assert [one["hash"] for one in told.warm] == [known.checkpoints["crack-tiny"].hash]
         worker.send_signal(signal.SIGTERM)
         assert worker.wait(30) == Exit.LEFT
     finally:
