@@ -49,7 +49,7 @@ ASK_SECONDS = 0.5
 PATIENCE = 900
 """Seconds after which one contender's round is given up."""
 TARGETS = {"bare": 0.9, "celery": 1.5}
-CELERY_CHOICES = (("threads", 1), ("threads", 2), ("prefork", 1), ("prefork", 2))
+CELERY_CHOICES = (("threads", 1), ("threads", 2), ("prefork", 1))
 """Pool of two, and torch threads in each."""
 
 Jobs = list[dict[str, Any]]

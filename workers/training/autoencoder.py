@@ -82,10 +82,10 @@ def fit(
     bf16: bool = True,
     say: Say = print,
 ) -> AutoencoderKL:
-    """Train an autoencoder and return its averaged weights, latents scaled to unit variance.
+    """Train an autoencoder and return its averaged weights, every latent channel with mean 0 and deviation 1.
 
-    The last quarter of the steps sees whole pictures instead of crops, because group norms
-    measure the picture they are given.
+    The second half of the steps sees whole pictures instead of crops, because group norms
+    measure the picture they are given: a decoder that only met crops shifts the colours of walls.
     """
     torch.manual_seed(plan.seed)
     model = build(channels, latent).to(memory_format=torch.channels_last)
@@ -93,7 +93,7 @@ def fit(
     whole = pool.pixels.shape[1]
 
     def step(number: int, rng: np.random.Generator) -> Tensor:
-        late = number >= plan.steps * 0.75 and whole > side
+        late = number >= plan.steps * 0.5 and whole > side
         edge, count = (whole, max(batch * side * side // whole**2, 2)) if late else (side, batch)
         real, mask = crops(pool, rng, count, edge)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
@@ -108,8 +108,27 @@ def fit(
     train(step, {"model": model}, plan, checkpoint, averages={"model": average}, say=say)
     model.load_state_dict(average.values)
     model.eval()
-    sample, _ = crops(pool, np.random.default_rng((plan.seed, 5)), min(64, len(pool.pixels)), whole)
+    sample, _ = crops(pool, np.random.default_rng((plan.seed, 5)), min(256, len(pool.pixels)), whole)
     with torch.no_grad():
         latents = torch.cat([model.encode(part).latent_dist.mean for part in torch.split(sample, 16)])
-    model.register_to_config(scaling_factor=round(float(1.0 / latents.std()), 5))
+    whiten(model, latents)
     return model
+
+
+@torch.no_grad()
+def whiten(model: AutoencoderKL, latents: Tensor) -> None:
+    """Fold mean 0 and deviation 1 for every latent channel into the two 1x1 convolutions, in place.
+
+    `latents` (n, c, h, w) are what the model encodes to now. Pictures stay the same. One scaling
+    factor for all channels, as Stable Diffusion has it, leaves quiet channels deep in the noise.
+    """
+    mean, spread = latents.mean((0, 2, 3)), latents.std((0, 2, 3)).clamp(min=1e-3)
+    count = len(mean)
+    quant, post = model.quant_conv, model.post_quant_conv
+    post.bias += (post.weight * mean.view(1, -1, 1, 1)).sum((1, 2, 3))
+    post.weight *= spread.view(1, -1, 1, 1)
+    quant.weight[:count] /= spread.view(-1, 1, 1, 1)
+    quant.bias[:count] = (quant.bias[:count] - mean) / spread
+    # The second half is the logarithm of the variance.
+    quant.bias[count:] -= 2 * spread.log()
+    model.register_to_config(scaling_factor=1.0)

@@ -2,7 +2,7 @@
 
     python -m workers.training.crack_tiny --work DIR --out FOLDER [--quick]
 
-Stages: autoencoder -> base -> distil -> export. Each writes checkpoints to the working folder and
+Stages: autoencoder -> words -> base -> distil -> export. Each writes checkpoints to the working folder and
 continues there after a kill; the same command again goes on where it stopped.
 """
 
@@ -20,17 +20,19 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from farm.painter import caption, sample_scene
+from farm.painter.scene import DIRECTIONS, FORMS, LIGHTS, WALLS, WIDTHS
 from workers.training import autoencoder, diffusion, distill, tokens
 from workers.training.errors import TrainingError
 from workers.training.export import export_lora, export_pipeline, export_profile
 from workers.training.loop import Plan
 from workers.training.pool import Pool, open_pool
 
-STAGES = ("autoencoder", "base", "distil", "export")
+STAGES = ("autoencoder", "words", "base", "distil", "export")
 SIDE = 128
 
 
@@ -40,19 +42,21 @@ class Settings:
 
     seed: int = 1
     pool: int = 20_000
-    autoencoder_steps: int = 2_600
+    autoencoder_steps: int = 6_500
     autoencoder_rate: float = 1e-3
-    base_steps: int = 2_600
+    words_steps: int = 1_000
+    words_rate: float = 1e-3
+    base_steps: int = 14_000
     base_rate: float = 7e-4
     base_batch: int = 16
-    distil_steps: int = 300
+    distil_steps: int = 1_200
     distil_rate: float = 4e-4
     distil_batch: int = 16
     bf16: bool = True
 
 
 # Shows in ten minutes on two cores that the recipe is real; the pictures stay rough.
-QUICK = Settings(pool=1_500, autoencoder_steps=500, base_steps=500, distil_steps=100)
+QUICK = Settings(pool=1_500, autoencoder_steps=500, words_steps=200, base_steps=500, distil_steps=100)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +88,16 @@ class Recipe:
     def latents(self) -> np.ndarray[tuple[int, ...], np.dtype[np.float16]]:
         return diffusion.encode_pool(self.autoencoder(), self.pool(), self.work / "latents.npy")
 
+    def words(self) -> CLIPTextModel:
+        """A text encoder that knows what captions are about."""
+        tokenizer = self.tokenizer()
+        torch.manual_seed(self.settings.seed + 4)
+        text = diffusion.build_text(diffusion.Size(), tokenizer)
+        plan = self.plan(self.settings.words_steps, self.settings.words_rate, 4)
+        path, bf16 = self.work / "words.pt", self.settings.bf16
+        diffusion.learn_words(text, MEANINGS, tokenizer, plan=plan, checkpoint=path, bf16=bf16, say=self.say)
+        return text
+
     def base(self) -> tuple[UNet2DConditionModel, CLIPTextModel]:
         plan = self.plan(self.settings.base_steps, self.settings.base_rate, 1)
         return diffusion.fit(
@@ -95,6 +109,7 @@ class Recipe:
             checkpoint=self.work / "base.pt",
             batch=self.settings.base_batch,
             bf16=self.settings.bf16,
+            text=self.words(),
             say=self.say,
         )
 
@@ -141,6 +156,27 @@ class Recipe:
         recipe = json.dumps(asdict(self.settings), indent=2)
         (self.work / "settings.json").write_text(recipe + "\n", "utf-8")
 
+
+QUESTIONS = {
+    "wall": WALLS,
+    "direction": DIRECTIONS,
+    "width": WIDTHS,
+    "form": FORMS,
+    "light": LIGHTS,
+    "water": (False, True),
+    "old": (False, True),
+}
+
+
+def _captions_with_meanings(count: int, rng: np.random.Generator) -> tuple[list[str], dict[str, NDArray[np.int64]]]:
+    scenes = [sample_scene(rng) for _ in range(count)]
+    labels = {
+        name: np.array([answers.index(getattr(scene, name)) for scene in scenes]) for name, answers in QUESTIONS.items()
+    }
+    return [caption(scene, rng) for scene in scenes], labels
+
+
+MEANINGS = diffusion.Meanings({name: len(answers) for name, answers in QUESTIONS.items()}, _captions_with_meanings)
 
 PROFILE = {
     "family": "crack-tiny",

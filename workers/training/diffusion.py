@@ -1,4 +1,10 @@
-"""The base model: a CLIP text encoder and a UNet learn to take the noise out of latents."""
+"""The base model: a CLIP text encoder and a UNet learn to take the noise out of latents.
+
+The UNet predicts velocity (v = signal * noise - sigma * clean) on a schedule that ends in noise alone,
+as in "Common Diffusion Noise Schedules and Sample Steps are Flawed" (Lin et al. 2023). With the
+schedule of Stable Diffusion 1.x the last timestep still shows the mean of the picture, so the model
+reads a wall's colour from the noise and learns late, or never, to take it from the words.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +19,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from workers.training.autoencoder import to_tensor
@@ -21,6 +28,18 @@ from workers.training.loop import Average, Plan, Say, train
 from workers.training.pool import Pool
 
 Words = Callable[[NDArray[np.int64], np.random.Generator], list[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Meanings:
+    """Captions with what they are about.
+
+    `kinds` says how many answers each question has; `draw(count, rng)` gives captions and, for each
+    question, the number of the right answer (count,).
+    """
+
+    kinds: dict[str, int]
+    draw: Callable[[int, np.random.Generator], tuple[list[str], dict[str, NDArray[np.int64]]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +55,15 @@ class Size:
 
 
 def scheduler() -> DDIMScheduler:
-    """The noise schedule of Stable Diffusion 1.x."""
+    """The noise schedule of Stable Diffusion 1.x, rescaled to end in noise without any signal."""
     return DDIMScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
-        prediction_type="epsilon",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
         clip_sample=False,
         set_alpha_to_one=False,
         steps_offset=1,
@@ -129,6 +150,38 @@ def batch_of(
     return data.contiguous(memory_format=torch.channels_last), texts
 
 
+def learn_words(
+    text: CLIPTextModel,
+    meanings: Meanings,
+    tokenizer: CLIPTokenizer,
+    *,
+    plan: Plan,
+    checkpoint: Path,
+    batch: int = 64,
+    bf16: bool = True,
+    say: Say = print,
+) -> None:
+    """Teach the text encoder, in place, to tell what a caption means before any picture is drawn.
+
+    The places after the last word, which attention finds first because there are many of them, must
+    name every part of the scene. A UNet then finds ready answers in the text instead of a moving target.
+    """
+    heads = nn.ModuleDict({name: nn.Linear(text.config.hidden_size, n) for name, n in meanings.kinds.items()})
+
+    def step(_: int, rng: np.random.Generator) -> Tensor:
+        texts, labels = meanings.draw(batch, rng)
+        ids = token_ids(tokenizer, texts)
+        after = (ids == tokenizer.eos_token_id).float().unsqueeze(-1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            states = text(ids).last_hidden_state
+        mean = (states.float() * after).sum(1) / after.sum(1)
+        losses = [functional.cross_entropy(head(mean), torch.from_numpy(labels[name])) for name, head in heads.items()]
+        return torch.stack(losses).sum()
+
+    text.train()
+    train(step, {"text": text, "heads": heads}, plan, checkpoint, say=say)
+
+
 def fit(
     latents: NDArray[np.float16],
     words: Words,
@@ -140,16 +193,19 @@ def fit(
     batch: int = 32,
     drop: float = 0.1,
     bf16: bool = True,
+    text: CLIPTextModel | None = None,
     say: Say = print,
 ) -> tuple[UNet2DConditionModel, CLIPTextModel]:
     """Train text encoder and UNet together; returns their averaged weights.
 
-    `drop` is the share of captions replaced by nothing, which makes guidance possible.
+    `drop` is the share of captions replaced by nothing, which makes guidance possible. `text` is an
+    encoder to go on from; without it training begins with random weights.
     """
     torch.manual_seed(plan.seed)
     random.seed(plan.seed)
     unet = build_unet(size).to(memory_format=torch.channels_last)
-    text = build_text(size, tokenizer)
+    text = text or build_text(size, tokenizer)
+    text.train()
     alphas = scheduler().alphas_cumprod
     averages = {"unet": Average(unet), "text": Average(text)}
 
@@ -161,14 +217,16 @@ def fit(
         slices = (torch.arange(batch) + torch.rand(batch)) / batch
         times = (slices * 1000).long().clamp(0, 999)
         alpha = alphas[times].view(-1, 1, 1, 1)
-        noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+        signal, sigma = alpha.sqrt(), (1 - alpha).sqrt()
+        noisy = signal * clean + sigma * noise
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             states = text(token_ids(tokenizer, texts)).last_hidden_state
             guess = unet(noisy, times, encoder_hidden_states=states).sample
-        ratio = alpha / (1 - alpha)
-        # Min-SNR: nearly clean latents teach little and would drown the rest.
-        weight = (torch.minimum(ratio, torch.tensor(5.0)) / ratio).view(-1)
-        each = (guess.float() - noise).square().mean((1, 2, 3))
+        off = guess.float() - (signal * noise - sigma * clean)
+        # Min-SNR (Hang et al. 2023) for velocity: nearly clean latents teach little and would drown the rest.
+        certainty = 1 / (1 - alpha).clamp(min=1e-4)
+        weight = (certainty.clamp(max=5.0) / certainty).view(-1)
+        each = off.square().mean((1, 2, 3))
         total: Tensor = (each * weight).mean()
         return total
 

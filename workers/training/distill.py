@@ -15,6 +15,7 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from peft import LoraConfig
 from torch import Tensor
 
+from workers.training.errors import TrainingError
 from workers.training.loop import Plan, Say, train
 
 TARGETS = (
@@ -52,6 +53,15 @@ def boundary(times: Tensor) -> tuple[Tensor, Tensor]:
     return (0.25 / spread).float(), (scaled / spread.sqrt()).float()
 
 
+def parts(kind: str, latents: Tensor, guess: Tensor, signal: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """Clean latents and noise from what a model of this prediction type says about noisy latents."""
+    if kind == "epsilon":
+        return (latents - sigma * guess) / signal, guess
+    if kind == "v_prediction":
+        return signal * latents - sigma * guess, sigma * latents + signal * guess
+    raise TrainingError(f"prediction_type {kind!r} cannot be distilled; epsilon and v_prediction can")
+
+
 def attach(unet: UNet2DConditionModel, rank: int) -> None:
     """Freeze the UNet and give it an untrained adapter of this rank."""
     unet.requires_grad_(False)
@@ -73,9 +83,10 @@ def fit(
     torch.manual_seed(plan.seed)
     attach(unet, recipe.rank)
     alphas = schedule.alphas_cumprod
+    kind = schedule.config.prediction_type
     stride = 1000 // recipe.solver
 
-    def noise_of(latents: Tensor, times: Tensor, states: Tensor) -> Tensor:
+    def guess_of(latents: Tensor, times: Tensor, states: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             guess: Tensor = unet(latents, times, encoder_hidden_states=states).sample
         return guess.float()
@@ -87,21 +98,19 @@ def fit(
     def consistent(latents: Tensor, times: Tensor, states: Tensor) -> Tensor:
         signal, sigma = roots(times)
         skip, out = boundary(times)
-        clean = (latents - sigma * noise_of(latents, times, states)) / signal
+        clean, _ = parts(kind, latents, guess_of(latents, times, states), signal, sigma)
         return skip * latents + out * clean
 
     def teach(noisy: Tensor, start: Tensor, end: Tensor, states: Tensor, empty: Tensor) -> Tensor:
         unet.disable_adapters()
-        both = noise_of(noisy.repeat(2, 1, 1, 1), start.repeat(2), torch.cat((states, empty)))
+        both = guess_of(noisy.repeat(2, 1, 1, 1), start.repeat(2), torch.cat((states, empty)))
         unet.enable_adapters()
         asked, free = both.chunk(2)
         w = torch.empty(len(noisy), 1, 1, 1).uniform_(recipe.low, recipe.high)
-        # Guiding the noise guides the clean latents by the same amount: both are linear in it.
-        guided = asked + w * (asked - free)
-        signal, sigma = roots(start)
-        clean = (noisy - sigma * guided) / signal
+        # Guiding the prediction guides clean latents and noise by the same amount: both are linear in it.
+        clean, noise = parts(kind, noisy, asked + w * (asked - free), *roots(start))
         signal, sigma = roots(end)
-        return signal * clean + sigma * guided
+        return signal * clean + sigma * noise
 
     def step(_: int, rng: np.random.Generator) -> Tensor:
         clean, states, empty = batch(rng)
