@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from farm.settings import Settings
+from workers.pipelines.spread import Spread
 
 CPU_BUDGET = 4 * 1024**3
 GPU_SHARE = 0.8
@@ -21,6 +22,7 @@ class Device:
     place: torch.device
     dtype: torch.dtype
     budget: int
+    spread: Spread = field(default_factory=Spread)
 
     @property
     def on_cpu(self) -> bool:
@@ -65,8 +67,9 @@ def choose(settings: Settings) -> Device:
         raise ValueError(f"FARM_DEVICE={settings.device}: must be auto, cpu, cuda:N or mps")
     if settings.threads and device.type == "cpu":
         torch.set_num_threads(settings.threads)
+    spread = Spread(torch.get_num_threads() if device.type == "cpu" else 1)
     dtype = settings.dtype if settings.dtype != "auto" else ("float32" if device.type == "cpu" else "float16")
-    return Device(device, DTYPES[dtype], settings.device_budget_bytes or _budget(device))
+    return Device(device, DTYPES[dtype], settings.device_budget_bytes or _budget(device), spread)
 
 
 def _budget(device: torch.device) -> int:

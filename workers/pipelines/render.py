@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,7 @@ def render(
         return len(dropped.intersection(range(len(recipes)))) < len(recipes)
 
     noise = Noise([recipe.seed for recipe in recipes], shape, device.place)
-    latents = denoise(sampling, _predictor(pipeline, recipes, text_adapters), noise, after_step)
+    latents = denoise(sampling, _predictor(pipeline, recipes, text_adapters, device), noise, after_step)
     kept = [index for index in range(len(recipes)) if index not in dropped]
     pictures: list[Picture | None] = [None] * len(recipes)
     if latents is None or not kept:
@@ -66,7 +67,7 @@ def vae_factor(vae: Any) -> int:
 
 
 def _predictor(
-    pipeline: Pipeline, recipes: Sequence[Recipe], text_adapters: object
+    pipeline: Pipeline, recipes: Sequence[Recipe], text_adapters: object, device: Device
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """The UNet with everything but latents and timestep filled in; guidance only where it is above 1."""
     first, unet = recipes[0], pipeline.unet
@@ -92,14 +93,24 @@ def _predictor(
     def predict(latents: Tensor, time: Tensor) -> Tensor:
         seen = torch.cat([latents, latents]) if guided else latents
         seen = seen.to(unet.dtype).contiguous(memory_format=torch.channels_last)
-        answer: Tensor = unet(seen, time, encoder_hidden_states=tokens, return_dict=False, **options)[0]
-        answer = answer.float()
+
+        def rows_of(part: slice) -> Tensor:
+            some = {name: _rows(value, part) for name, value in options.items()}
+            made: Tensor = unet(seen[part], time, encoder_hidden_states=tokens[part], return_dict=False, **some)[0]
+            return made
+
+        answer = device.spread.along(rows_of, len(seen)).float()
         if not guided:
             return answer
         without, asked = answer.chunk(2)
         return without + first.guidance_scale * (asked - without)
 
     return predict
+
+
+def _rows(value: Any, part: slice) -> Any:
+    """Some rows of one of the UNet's inputs, or of each in a dict of them."""
+    return {name: one[part] for name, one in value.items()} if isinstance(value, dict) else value[part]
 
 
 def guidance_embedding(scale: Tensor, width: int) -> Tensor:
@@ -120,17 +131,19 @@ def decode(vae: Any, latents: Tensor, device: Device) -> list[Picture]:
     factor = vae_factor(vae)
     pixels = latents.shape[-1] * latents.shape[-2] * factor**2
     ready = latents.to(vae.dtype).contiguous(memory_format=torch.channels_last)
-    chunks = torch.split(ready, max(1, device.decode_pixels // pixels))
-    made: list[Tensor] = []
-    sound: list[Tensor] = []
-    for chunk in chunks:
+    share = -(-len(ready) // len(device.spread.parts(len(ready))))
+    chunks = torch.split(ready, max(1, min(device.decode_pixels // pixels, share)))
+
+    def rounded(chunk: Tensor) -> tuple[Tensor, Tensor]:
         image = vae.decode(chunk, return_dict=False)[0].float()
         # A sum is NaN or infinite exactly when a picture is spoilt, and cheaper than looking at every pixel.
-        sound.append(image.sum(dim=(1, 2, 3)))
+        total = image.sum(dim=(1, 2, 3))
         image = image.mul(127.5).add_(127.5).round_().clamp_(0, 255)
-        made.append(image.permute(0, 2, 3, 1).to(torch.uint8))
+        return image.permute(0, 2, 3, 1).to(torch.uint8), total
+
+    made, totals = zip(*device.spread.run([partial(rounded, chunk) for chunk in chunks]), strict=True)
     pictures = torch.cat(made).cpu().numpy()
-    broken = (~torch.isfinite(torch.cat(sound))).nonzero().flatten().tolist()
+    broken = (~torch.isfinite(torch.cat(totals))).nonzero().flatten().tolist()
     if broken:
         raise RenderFailed("the picture is not a number; try another number type or VAE", rows=broken)
     return [np.ascontiguousarray(picture) for picture in pictures]
