@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from workers.pipelines.lru import Lru
+from workers.pipelines.spread import Spread
 
 if TYPE_CHECKING:
     from workers.pipelines.load import Pipeline
@@ -35,12 +36,11 @@ class PromptCache:
     def __init__(self, limit: int = PROMPT_BYTES) -> None:
         self._kept: Lru[Hashable, Embedding] = Lru(limit)
 
-    def get(self, key: Hashable, make: Callable[[], Embedding]) -> Embedding:
-        found = self._kept.get(key)
-        if found is None:
-            found = make()
-            self._kept.put(key, found, found.nbytes)
-        return found
+    def get(self, key: Hashable) -> Embedding | None:
+        return self._kept.get(key)
+
+    def put(self, key: Hashable, made: Embedding) -> None:
+        self._kept.put(key, made, made.nbytes)
 
     def clear(self) -> None:
         self._kept.clear()
@@ -50,18 +50,24 @@ class PromptCache:
         return self._kept.bytes
 
 
-def embed(pipeline: Pipeline, prompts: Sequence[str], text_adapters: Hashable) -> list[Embedding]:
+def embed(pipeline: Pipeline, prompts: Sequence[str], text_adapters: Hashable, spread: Spread) -> list[Embedding]:
     """The embedding of each prompt, from the cache or made now (inside the device lock).
 
     `text_adapters` names the adapters merged into the text encoders. Each prompt is encoded alone, never beside its
-    neighbours, so that an embedding has the same bits whatever micro-batch first asked for it.
+    neighbours, and by one thread, so that an embedding has the same bits whatever micro-batch first asked for it.
     """
-    return [pipeline.prompts.get((text_adapters, text), partial(encode, pipeline, text)) for text in prompts]
+    found = {text: pipeline.prompts.get((text_adapters, text)) for text in prompts}
+    missing = [text for text, known in found.items() if known is None]
+    made = spread.run([partial(encode, pipeline, read(pipeline, text)) for text in missing], threads=1)
+    for text, new in zip(missing, made, strict=True):
+        pipeline.prompts.put((text_adapters, text), new)
+    found.update(zip(missing, made, strict=True))
+    return [one for one in map(found.get, prompts) if one is not None]
 
 
-def negatives(pipeline: Pipeline, prompts: Sequence[str], text_adapters: Hashable) -> list[Embedding]:
+def negatives(pipeline: Pipeline, prompts: Sequence[str], text_adapters: Hashable, spread: Spread) -> list[Embedding]:
     """The embeddings of negative prompts. SDXL was trained with zeros for "no negative prompt"."""
-    made = embed(pipeline, prompts, text_adapters)
+    made = embed(pipeline, prompts, text_adapters, spread)
     if not pipeline.zero_empty_negative:
         return made
     return [
@@ -72,21 +78,32 @@ def negatives(pipeline: Pipeline, prompts: Sequence[str], text_adapters: Hashabl
     ]
 
 
-def encode(pipeline: Pipeline, prompt: str) -> Embedding:
-    """Run the text encoders as diffusers does; a prompt longer than the encoder reads is cut."""
-    tokens: list[Tensor] = []
-    pooled: Tensor | None = None
-    for tokenizer, model in pipeline.encoders:
-        read = tokenizer(
+def read(pipeline: Pipeline, prompt: str) -> list[Any]:
+    """Token ids and mask, (1, 77) each, for every encoder; a prompt longer than the encoder reads is cut.
+
+    In the caller's thread: fast tokenizers refuse to be used by two threads at once.
+    """
+    return [
+        tokenizer(
             prompt,
             padding="max_length",
             max_length=tokenizer.model_max_length,
             truncation=True,
             return_tensors="pt",
         )
-        ids = read.input_ids.to(model.device)
+        for tokenizer, _ in pipeline.encoders
+    ]
+
+
+def encode(pipeline: Pipeline, prompt: Sequence[Any]) -> Embedding:
+    """Run the text encoders over what was read, as diffusers does."""
+    tokens: list[Tensor] = []
+    pooled: Tensor | None = None
+    for (_, model), tokenized in zip(pipeline.encoders, prompt, strict=True):
+        ids = tokenized.input_ids.to(model.device)
         if pipeline.family == "sd":
-            mask = read.attention_mask.to(model.device) if getattr(model.config, "use_attention_mask", False) else None
+            masked = getattr(model.config, "use_attention_mask", False)
+            mask = tokenized.attention_mask.to(model.device) if masked else None
             tokens.append(model(ids, attention_mask=mask)[0])
         else:
             answer = model(ids, output_hidden_states=True)

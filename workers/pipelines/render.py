@@ -71,13 +71,14 @@ def _predictor(
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """The UNet with everything but latents and timestep filled in; guidance only where it is above 1."""
     first, unet = recipes[0], pipeline.unet
-    embedded = embed(pipeline, [recipe.prompt for recipe in recipes], text_adapters)
+    embedded = embed(pipeline, [recipe.prompt for recipe in recipes], text_adapters, device.spread)
     # UNets distilled with the guidance as an input (full LCM models) are told it instead of being run twice.
     told = unet.config.time_cond_proj_dim
     guided = first.guidance_scale > 1 and told is None
     rows = embedded
     if guided:
-        rows = negatives(pipeline, [recipe.negative_prompt for recipe in recipes], text_adapters) + embedded
+        refused = [recipe.negative_prompt for recipe in recipes]
+        rows = negatives(pipeline, refused, text_adapters, device.spread) + embedded
     tokens = torch.cat([row.tokens for row in rows])
     options: dict[str, Any] = {}
     if pipeline.family == "sdxl":

@@ -29,15 +29,17 @@ class Spread:
         size = -(-rows // min(self._cores, rows))
         return [slice(start, start + size) for start in range(0, rows, size)]
 
-    def run(self, calls: Sequence[Callable[[], T]]) -> list[T]:
-        """The answers in order. What one raises is raised here, once all of them are done."""
+    def run(self, calls: Sequence[Callable[[], T]], threads: int | None = None) -> list[T]:
+        """The answers in order. What one raises is raised here, once all of them are done.
+
+        Each call gets `threads` of torch's own, or its share of the cores.
+        """
         if self._pool is None:
             return [call() for call in calls]
-        # torch remembers this number for each thread, and MKL for all: it has to be said every time.
-        each = max(1, self._cores // len(calls))
-        if len(calls) == 1:
+        each = threads or max(1, self._cores // max(1, len(calls)))
+        if each == self._cores:
             torch.set_num_threads(each)
-            return [calls[0]()]
+            return [call() for call in calls]
         waiting = [self._pool.submit(_alone, call, each) for call in calls]
         failed = [one.exception() for one in waiting]
         for error in failed:
@@ -53,5 +55,6 @@ class Spread:
 
 @torch.inference_mode()
 def _alone(call: Callable[[], T], threads: int) -> T:
+    # torch remembers this number for each thread, and MKL for all: it has to be said every time.
     torch.set_num_threads(threads)
     return call()
