@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
+from os import SEEK_END
 from typing import IO, Any
 from uuid import UUID
 
@@ -9,6 +10,9 @@ from sqlalchemy import Connection, RowMapping, bindparam, text
 from sqlalchemy.dialects.postgresql import JSONB
 
 COPY_CHUNK = 256 * 1024
+COPY_FLOOR = 256 * 1024
+"""Bytes a second below which a COPY is held to be stuck. A busy disk writes a million jobs in minutes, not in the
+time that any other statement gets."""
 
 JOBS = "COPY jobs (id, segment_id, batch_id, project_id, number, state, adapter_set, run_at, created_at) FROM STDIN"
 RECIPES = "COPY recipes (job_id, hash, body, names, labels, warnings, metadata_wanted) FROM STDIN"
@@ -29,6 +33,12 @@ _SEGMENTS = text("""
 _COUNT = text("""
     INSERT INTO counters (segment_id, batch_id, queued)
     SELECT s.id, :batch_id, s.jobs FROM unnest(CAST(:ids AS uuid[]), CAST(:jobs AS bigint[])) AS s(id, jobs)
+""")
+
+# Zero is no limit at all and stays so.
+_MORE_TIME = text("""
+    SELECT set_config('statement_timeout', CAST(CAST(setting AS bigint) + :milliseconds AS text), true)
+    FROM pg_settings WHERE name = 'statement_timeout' AND setting <> '0'
 """)
 
 
@@ -56,8 +66,13 @@ def insert_segments(conn: Connection, *, batch: UUID, project: UUID, pool: str, 
 
 
 def copy(conn: Connection, statement: str, rows: IO[bytes], replacing: tuple[bytes, bytes] | None = None) -> None:
-    """Stream spooled rows into a table. `replacing` swaps a one-byte placeholder on the way."""
+    """Stream spooled rows into a table. `replacing` swaps a one-byte placeholder on the way.
+
+    The statement's time limit grows with what there is to write, until the transaction ends.
+    """
+    size = rows.seek(0, SEEK_END)
     rows.seek(0)
+    conn.execute(_MORE_TIME, {"milliseconds": size * 1000 // COPY_FLOOR})
     driver: Any = conn.connection.driver_connection
     with driver.cursor() as cursor, cursor.copy(statement) as target:
         for chunk in _chunks(rows):

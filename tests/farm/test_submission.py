@@ -1,12 +1,17 @@
 """What is refused before anything is stored, and what comes out of what is accepted."""
 
+import time
 from datetime import UTC, datetime
+from io import BytesIO
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 
 from farm import submission
+from farm.db import Database
 from farm.errors import InvalidRequest, TooLarge
+from farm.queries import submitting
 from farm.settings import Settings
 from tests.farm.conftest import Queue, catalogue
 
@@ -119,3 +124,21 @@ def test_profile_gives_the_defaults(queue: Queue) -> None:
     assert (recipe.width, recipe.steps, recipe.guidance_scale, recipe.scheduler) == (128, 4, 1.0, "lcm")
     assert recipe.acceleration is not None
     assert recipe.acceleration.hash == "b" * 64
+
+
+class Slow(BytesIO):
+    """A spool on a disk that takes its time."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        time.sleep(0.4)
+        return super().read(size)
+
+
+def test_a_large_copy_has_more_time_than_other_statements(database: Database) -> None:
+    """Or a million jobs would be refused after half a minute whenever the disk is busy."""
+    rows = Slow(b"0\n" * submitting.COPY_FLOOR)
+    with database.transaction() as conn:
+        conn.execute(text("CREATE TEMPORARY TABLE numbers (number int)"))
+        conn.execute(text("SET LOCAL statement_timeout = 300"))
+        submitting.copy(conn, "COPY numbers FROM STDIN", rows)
+        assert conn.execute(text("SELECT count(*) FROM numbers")).scalar_one() == submitting.COPY_FLOOR
