@@ -199,7 +199,7 @@ def api(shared: Api) -> Iterator[Api]:
     """The API with a catalogue, a key and nothing else."""
     with shared.database.transaction() as conn:
         for table in reversed(Base.metadata.sorted_tables):
-            if table.name not in {"models", "model_files"}:
+            if table.name not in {"models", "model_files", "catalogue_stamp"}:
                 conn.execute(table.delete())
     running = Api(shared.url, shared.server, shared.database, shared.settings)
     yield running
