@@ -10,7 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import compile_path
 from starlette.types import Scope
 
 from farm.errors import FarmError, InvalidRequest, Problem
@@ -138,19 +138,17 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
         detail = f"there is nothing at {request.url.path}"
     elif error.status_code == 405:
         detail = f"{request.url.path} does not answer {request.method}"
-        headers["Allow"] = ", ".join(_methods(request))
+        headers["Allow"] = ", ".join(_methods(request)) or headers.get("Allow", "")
     else:
         detail = str(error.detail)
     return problem(request.scope, code, detail, headers=headers)
 
 
 def _methods(request: Request) -> list[str]:
-    """What a path answers, over all of its routes."""
-    found: set[str] = set()
-    for route in request.app.routes:
-        if isinstance(route, Route) and route.path_regex.match(request.scope["path"]):
-            found |= route.methods or set()
-    return sorted(found)
+    """What a path answers, over all of its routes: the router names those of the first alone."""
+    documented = request.app.openapi()["paths"]
+    found = [documented[path] for path in documented if compile_path(path)[0].match(request.scope["path"])]
+    return sorted({method.upper() for operations in found for method in operations})
 
 
 async def _on_disconnect(_: Request, __: Exception) -> Response:

@@ -1,7 +1,10 @@
 """Bad input is refused before anything is stored, with the field that is wrong: alone, in JSON, on an NDJSON line."""
 
 import socket
+import time
+from datetime import timedelta
 from typing import Any
+from uuid import uuid4
 
 import httpx
 import orjson
@@ -21,6 +24,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": "x" * 8001}, "prompt", "at most 8000"),
     ({"prompt": ["x"]}, "prompt", "string"),
     ({"prompt": "a\0b"}, "prompt", "U+0000"),
+    ({"prompt": " \n\t"}, "prompt", "more than white space"),
     ({"negative_prompt": 7}, "negative_prompt", "string"),
     ({"checkpoint": "crack-tinny"}, "checkpoint", "did you mean crack-tiny"),
     ({"checkpoint": "nothing like it"}, "checkpoint", "there are:"),
@@ -56,6 +60,12 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"labels": {"a": 1}}, "labels.a", "string"),
     ({"labels": ["a"]}, "labels", "dictionary"),
     ({"labels": {str(n): "" for n in range(33)}}, "labels", "at most 32"),
+    ({"labels": {"a=b": ""}}, "labels.a=b.[key]", "must not contain ="),
+    ({"run_at": 1_900_000_000}, "run_at", "datetime as text"),
+    ({"run_at": "1900000000"}, "run_at", "datetime as text"),
+    ({"run_at": 1.5}, "run_at", "datetime as text"),
+    ({"run_at": "0001-01-01T00:00:00+14:00"}, "run_at", "years 1 to 9999"),
+    ({"run_at": "9999-12-31T23:59:59-14:00"}, "run_at", "years 1 to 9999"),
     ({"run_at": "tomorrow"}, "run_at", "datetime"),
     ({"run_at": "2030-01-01T00:00:00"}, "run_at", "timezone"),
     ({"metadata": "no"}, "metadata", "boolean"),
@@ -103,6 +113,11 @@ def test_bad_jobs_are_refused_wherever_they_stand(api: Api, fields: dict[str, An
         b'{"prompt": "\xff"}',
         b'{"prompt": "\\ud800"}',
         b'{"prompt": "x"} {"prompt": "y"}',
+        b'{"prompt": "x", "prompt": "y"}',
+        b'{"prompt": "x", "labels": {"a": "1", "\\u0061": "2"}}',
+        b'\xef\xbb\xbf{"prompt": "x"}',
+        b'{"prompt": "x", "x": ' + b"[" * 300 + b"]" * 300 + b"}",
+        b'{"prompt": "x", "x": ' + b'{"y":' * 1000 + b"1" + b"}" * 1001,
         b'{"prompt": ' + b"[" * 90_000,
         b"prompt=x",
     ],
@@ -115,6 +130,53 @@ def test_what_is_no_json_object_is_refused(api: Api, body: bytes) -> None:
     if body:
         problem_of(api.http.post("/batches", content=body, headers=NDJSON), 422, "invalid-request")
     assert api.stored() == before
+
+
+def test_a_colon_is_no_twin(api: Api) -> None:
+    job = {"prompt": 'a: "b": {c: d}', "labels": {"a:b": "c:d", "a": "::"}, "run_at": "2030-01-01T00:00:00+01:00"}
+    answer = api.http.post("/jobs", json=job)
+    assert answer.status_code == 201
+    assert answer.json()["labels"] == job["labels"]
+    assert answer.json()["run_at"] == "2029-12-31T23:00:00Z"
+
+
+MANY: dict[str, Any] = {f"f{n}": 1 for n in range(5_000)}
+
+
+@pytest.mark.parametrize(
+    ("body", "field", "words"),
+    [
+        ({"prompt": "x", **MANY}, "", "has 5001 fields"),
+        ({"prompt": "x", "labels": MANY}, "labels", "at most 32 entries, not 5000"),
+        ({"prompt": "x", "adapters": [1] * 5_000}, "adapters", "at most 16 entries, not 5000"),
+        ({"prompt": "x", "adapters": [MANY]}, "adapters.0", "at most 100 entries, not 5000"),
+    ],
+)
+def test_floods_are_refused_as_one_thing(api: Api, body: dict[str, Any], field: str, words: str) -> None:
+    """A finding for each of millions of wrong things would cost memory and minutes."""
+    problems = {
+        "": problem_of(api.http.post("/jobs", json=body), 422, "invalid-request")["problems"],
+        "jobs.0": problem_of(api.http.post("/batches", json={"jobs": [body]}), 422, "invalid-request")["problems"],
+    }
+    for where, found in problems.items():
+        assert [problem["field"] for problem in found] == [f"{where}.{field}".strip(".")]
+        assert words in found[0]["problem"]
+    answer = api.http.post("/batches", json={"jobs": [{"prompt": "x"}], "defaults": body})
+    places = {problem["field"] for problem in problem_of(answer, 422, "invalid-request")["problems"]}
+    assert f"defaults.{field}".strip(".") in places
+
+
+def test_floods_elsewhere_are_refused_as_one_thing(api: Api) -> None:
+    for path, body in (
+        ("/batches", {"jobs": [{"prompt": "x"}], **MANY}),
+        ("/batches", {"jobs": [{"prompt": "x"}], "labels": MANY}),
+        ("/keys", {"name": "x", **MANY}),
+        ("/keys", {"name": "x", "scopes": ["root"] * 5_000}),
+    ):
+        assert len(problem_of(api.http.post(path, json=body), 422, "invalid-request")["problems"]) == 1
+    answer = problem_of(api.http.post("/batches", json={"jobs": [1] * 5_000}), 422, "invalid-request")
+    assert answer["problems"][99] == {"field": "jobs.99", "problem": "must be a JSON object"}
+    assert len(answer["problems"]) == 100
 
 
 def test_numbers_out_of_this_world_are_refused(api: Api) -> None:
@@ -163,6 +225,63 @@ def test_bodies_over_the_limit_are_refused_by_header_and_while_streaming(
 
     problem_of(api.http.post(path, content=pieces(), headers=headers), 413, "too-large")
     assert api.stored() == before
+
+
+def test_only_a_batch_may_be_large(fresh: Any) -> None:
+    api = fresh(max_body_bytes=4 * 1024**2)
+    body = b'{"prompt": "x"}'.ljust(1024**2 + 1)
+    for path in ("/jobs", "/keys", f"/batches/{uuid4()}/priority"):
+        assert problem_of(api.http.post(path, content=body, headers=JSON), 413, "too-large")["limit"] == 1024**2
+    batch = b'{"jobs": [{"prompt": "x"}]}'.ljust(1024**2 + 1)
+    assert api.http.post("/batches", content=batch, headers=JSON).status_code == 201
+
+
+@pytest.mark.parametrize("kind", ["application/json", "application/x-ndjson"])
+@pytest.mark.parametrize(
+    ("limits", "words"),
+    [
+        ({"body_silence": timedelta(seconds=0.2)}, "nothing of the request body arrived for 0.2 seconds"),
+        ({"body_time": timedelta(seconds=0.3)}, "took longer than 0.3 seconds"),
+    ],
+)
+def test_bodies_that_never_end_are_refused(fresh: Any, kind: str, limits: dict[str, timedelta], words: str) -> None:
+    api = fresh(**limits)
+    host, port = api.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=0.05) as line:
+        line.sendall(
+            b"POST /api/v1/batches HTTP/1.1\r\nHost: x\r\nX-API-Key: %s\r\nContent-Type: %s\r\n"
+            b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n" % (api.key.encode(), kind.encode())
+        )
+        answer = b""
+        for _ in range(200):
+            try:
+                piece = line.recv(4000)
+            except TimeoutError:
+                if "body_time" in limits:
+                    line.sendall(b"1\r\n \r\n")
+                continue
+            answer += piece
+            if not piece:
+                break
+        else:
+            pytest.fail("the connection stayed open")
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 408")
+    assert orjson.loads(body)["code"] == "too-slow"
+    assert orjson.loads(body)["retryable"] is True
+    assert words in orjson.loads(body)["detail"]
+    assert sum(api.stored().values()) == 0
+
+
+def test_a_reader_may_be_silent_longer_than_a_body(fresh: Any) -> None:
+    api = fresh(body_silence=timedelta(seconds=0.1))
+    batch = api.submit(1)
+    with api.http.stream("GET", f"/batches/{batch['id']}/events") as answer:
+        lines = answer.iter_lines()
+        assert next(lines).startswith("id: ")
+        time.sleep(0.3)
+        api.render(1)
+        assert "event: done" in list(lines)
 
 
 def test_a_header_alone_is_enough_to_refuse_a_body(api: Api) -> None:
