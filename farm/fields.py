@@ -26,13 +26,13 @@ def _storable(value: str) -> str:
 def _spoken(value: str) -> str:
     if value and not value.strip():
         raise ValueError("must hold more than white space")
-    return value
+    return _storable(value)
 
 
 def _askable(value: str) -> str:
     if "=" in value:
         raise ValueError("must not contain =, which ends the key where labels are asked for as key=value")
-    return value
+    return _storable(value)
 
 
 def _written(value: object) -> object:
@@ -61,14 +61,10 @@ def at_most(most: int) -> BeforeValidator:
 
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200), AfterValidator(_storable)]
-LabelKey = Annotated[
-    str, StringConstraints(min_length=1, max_length=100), AfterValidator(_storable), AfterValidator(_askable)
-]
+LabelKey = Annotated[str, StringConstraints(min_length=1, max_length=100), AfterValidator(_askable)]
 Label = Annotated[str, StringConstraints(max_length=500), AfterValidator(_storable)]
 Labels = Annotated[dict[LabelKey, Label], at_most(MAX_LABELS), Field(max_length=MAX_LABELS)]
-Prompt = Annotated[
-    str, StringConstraints(min_length=1, max_length=MAX_PROMPT), AfterValidator(_storable), AfterValidator(_spoken)
-]
+Prompt = Annotated[str, StringConstraints(min_length=1, max_length=MAX_PROMPT), AfterValidator(_spoken)]
 NegativePrompt = Annotated[str, StringConstraints(max_length=MAX_PROMPT), AfterValidator(_storable)]
 Moment = Annotated[AwareDatetime, Strict(False), AfterValidator(_in_utc), BeforeValidator(_written)]
 """A point in time with its zone, as text; held in UTC."""

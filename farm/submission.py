@@ -144,6 +144,8 @@ def prepare(
     """
     writer = _Writer(dict(defaults), catalogue, settings, name, now, dict(labels or {}))
     try:
+        # Defaults that are wrong would be found again in every row.
+        writer.refuse()
         for line, row in enumerate(rows, first_line):
             writer.add(line, row)
             if len(writer.problems) >= MAX_PROBLEMS:
@@ -193,10 +195,14 @@ class _Writer:
         if not self.problems:
             self._write(spec, choice, line)
 
-    def check(self) -> None:
+    def refuse(self) -> None:
+        """Raises InvalidRequest with the first problems, if there are any so far."""
         if self.problems:
             shown = self.problems[:MAX_PROBLEMS]
             raise InvalidRequest(f"nothing was accepted: {len(shown)} problem(s) found", shown)
+
+    def check(self) -> None:
+        self.refuse()
         if not self.prepared.jobs:
             raise InvalidRequest("there is no job in this submission")
 
@@ -244,18 +250,12 @@ class _Writer:
                 return
             first -= spec.count
         # A moment that is past must not stand before those who waited since.
-        run_at = max(spec.run_at or self.now, self.now)
+        run_at = self.now if spec.run_at is None else max(spec.run_at, self.now)
         warnings = self._warnings(spec, choice)
         body = {**choice.body, "prompt": spec.prompt, "negative_prompt": spec.negative_prompt}
-        tail = b"\t".join(
-            (
-                choice.names_json,
-                _escaped(orjson.dumps(spec.labels)),
-                _array(warnings),
-                b"t" if spec.metadata else b"f",
-            )
-        )
-        due = _timestamp(run_at)
+        labels, flag = _escaped(orjson.dumps(spec.labels)), b"t" if spec.metadata else b"f"
+        tail = b"\t".join((choice.names_json, labels, _array(warnings), flag))
+        due = self.created if run_at is self.now else _timestamp(run_at)
         for offset in range(spec.count):
             job_id = new_id()
             body["seed"] = first + offset
