@@ -6,7 +6,7 @@ from typing import Any
 import orjson
 
 
-def loads(text: bytes | str) -> Any:
+def loads(text: bytes | bytearray | str) -> Any:
     """The value that a JSON text stands for. Raises ValueError, which says where and why.
 
     >>> loads(b'{"seed": 1, "prompt": "a: b"}')
