@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import IO, Annotated, Any, TypeVar
 
 import anyio.to_thread
-import orjson
 from fastapi import Depends, Request
 from pydantic import BaseModel, ValidationError
 
 from api.errors import problems_of
 from api.middleware import media_type
+from farm import jsontext
 from farm.errors import InvalidRequest, Unavailable, UnsupportedMedia
+from farm.fields import refuse_flood
 
 JSON = "application/json"
 PIECE_BYTES = 1024 * 1024
@@ -45,9 +46,9 @@ JsonBytes = Annotated[bytes, Depends(json_bytes)]
 
 
 def parse(body: bytes) -> dict[str, Any]:
-    """The JSON object in a body; numbers that JSON does not have (NaN, Infinity) are refused. Raises InvalidRequest."""
+    """The JSON object in a body; NaN, Infinity and a name given twice are refused. Raises InvalidRequest."""
     try:
-        document = orjson.loads(body)
+        document = jsontext.loads(body)
     except ValueError as error:
         raise InvalidRequest("the body is not JSON", problems=[{"field": "", "problem": str(error)}]) from None
     if not isinstance(document, dict):
@@ -58,10 +59,14 @@ def parse(body: bytes) -> dict[str, Any]:
 
 def read(body: bytes, model: type[M]) -> M:
     """The body as this model. Raises InvalidRequest with every field that is wrong."""
+    document = parse(body)
     try:
-        return model.model_validate_json(orjson.dumps(parse(body)))
+        refuse_flood(document, len(model.model_fields))
+        return model.model_validate(document)
     except ValidationError as error:
         raise InvalidRequest("the body is not valid", problems=problems_of(error.errors())) from None
+    except ValueError as error:
+        raise InvalidRequest("the body is not valid", problems=[{"field": "", "problem": str(error)}]) from None
 
 
 @asynccontextmanager

@@ -13,9 +13,9 @@ from sqlalchemy import Connection
 from starlette.types import Scope
 
 from api.auth import Authenticator
-from farm import doorbell
+from farm import catalogue, doorbell
 from farm.db import Database
-from farm.errors import Forbidden, Unauthorized
+from farm.errors import Forbidden, InvalidRequest, Problem, Unauthorized
 from farm.keys import Caller
 from farm.settings import Settings
 from farm.storage import Store
@@ -54,6 +54,7 @@ class Farm:
     database: Database
     store: Store
     keys: Authenticator
+    catalogue: catalogue.Kept
     closing: anyio.Event = field(default_factory=anyio.Event)
 
     def __post_init__(self) -> None:
@@ -153,6 +154,16 @@ async def transaction(farm: FarmDep, notices: NoticesDep) -> AsyncIterator[Conne
 
 ConnDep = Annotated[Connection, Depends(transaction, scope="function")]
 """Ask for it after the body: a body that trickles in must not hold a transaction open."""
+
+
+async def refuse_unknown_query(request: Request) -> None:
+    """Raises InvalidRequest for query parameters on a route that has none: whoever sends them expects something."""
+    route = request.scope["route"]
+    if route.dependant.query_params or "parameters" in (route.openapi_extra or {}):
+        return  # it refuses those that it does not know itself
+    if request.query_params:
+        problems = [Problem(field=name, problem="unknown parameter") for name in request.query_params]
+        raise InvalidRequest("this route has no query parameters", problems=problems[:100])
 
 
 class Needs:

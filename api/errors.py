@@ -10,9 +10,11 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
+from starlette.routing import compile_path
 from starlette.types import Scope
 
 from farm.errors import FarmError, InvalidRequest, Problem
+from farm.fields import words_of
 from farm.logs import get_logger
 
 MEDIA_TYPE = "application/problem+json"
@@ -27,6 +29,7 @@ STATUS: dict[str, int] = {
     "forbidden": 403,
     "not-found": 404,
     "method-not-allowed": 405,
+    "too-slow": 408,
     "conflict": 409,
     "in-flight": 409,
     "too-large": 413,
@@ -82,6 +85,9 @@ def problem(  # one document, one call
     extra = {"Retry-After": str(RETRY_AFTER_SECONDS)} if retryable and status in {409, 503} else {}
     if status == 401:
         extra["WWW-Authenticate"] = "Bearer"
+    if status == 408:
+        # What is left of the body may never come.
+        extra["Connection"] = "close"
     content = orjson.dumps(body, default=str, option=orjson.OPT_NON_STR_KEYS)
     return Response(content, status, {**extra, **(headers or {})}, MEDIA_TYPE)
 
@@ -126,14 +132,23 @@ async def _on_validation_error(request: Request, error: Exception) -> Response:
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     if not isinstance(error, HTTPException):
         raise error
+    headers = dict(error.headers or {})
     code = BY_STATUS.get(error.status_code, "bad-request" if error.status_code < 500 else "internal")
     if error.status_code == 404:
         detail = f"there is nothing at {request.url.path}"
     elif error.status_code == 405:
         detail = f"{request.url.path} does not answer {request.method}"
+        headers["Allow"] = ", ".join(_methods(request)) or headers.get("Allow", "")
     else:
         detail = str(error.detail)
-    return problem(request.scope, code, detail, headers=error.headers)
+    return problem(request.scope, code, detail, headers=headers)
+
+
+def _methods(request: Request) -> list[str]:
+    """What a path answers, over all of its routes: the router names those of the first alone."""
+    documented = request.app.openapi()["paths"]
+    found = [documented[path] for path in documented if compile_path(path)[0].match(request.scope["path"])]
+    return sorted({method.upper() for operations in found for method in operations})
 
 
 async def _on_disconnect(_: Request, __: Exception) -> Response:
@@ -148,6 +163,5 @@ def problems_of(errors: Any, prefix: str = "") -> list[Problem]:
         where = [str(part) for part in error["loc"]]
         if len(where) > 1 and where[0] in places:
             where = where[1:]
-        message = str(error["msg"]).removeprefix("Value error, ")
-        found.append({"field": ".".join([prefix, *where] if prefix else where), "problem": message})
+        found.append({"field": ".".join([prefix, *where] if prefix else where), "problem": words_of(error)})
     return found

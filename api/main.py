@@ -7,17 +7,18 @@ from types import FrameType
 
 import anyio.to_thread
 import uvicorn
-from fastapi import APIRouter, FastAPI
+from fastapi import APIRouter, Depends, FastAPI
 from fastapi.routing import APIRoute
 from starlette.middleware import Middleware
 
 import farm as package
 from api import errors, openapi
 from api.auth import Authenticator
-from api.deps import Farm
+from api.deps import Farm, refuse_unknown_query
 from api.middleware import API, Authentication, BodyLimit, RequestLog
 from api.routes import adapters, batches, checkpoints, events, health, images, jobs, keys, queue, version, workers
 from farm import doorbell, logs
+from farm.catalogue import Kept
 from farm.db import Database
 from farm.errors import Unavailable
 from farm.logs import get_logger
@@ -41,7 +42,8 @@ def create_app(settings: Settings) -> FastAPI:
         anyio.to_thread.current_default_thread_limiter().total_tokens = settings.api_threads
         database = Database(settings)
         await anyio.to_thread.run_sync(_refuse_other_schema, database)
-        farm = Farm(settings, database, Store(settings), Authenticator(database))
+        store = Store(settings)
+        farm = Farm(settings, database, store, Authenticator(database), Kept(store))
         app.state.farm = farm
         app.state.readiness = health.Probe(farm)
         try:
@@ -66,7 +68,9 @@ def create_app(settings: Settings) -> FastAPI:
     )
     api = APIRouter(prefix=API)
     for noun in NOUNS:
-        api.include_router(noun.router)
+        # Health checks are asked by programs that may add what they like, against caches for instance.
+        strict = [] if noun is health else [Depends(refuse_unknown_query)]
+        api.include_router(noun.router, dependencies=strict)
     app.include_router(api)
     errors.install(app)
     openapi.install(app)

@@ -4,6 +4,7 @@ import re
 import time
 from collections.abc import MutableMapping
 
+import anyio
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -11,15 +12,19 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from api.auth import key_of
 from api.deps import farm_of
 from api.errors import farm_problem, unexpected_problem
-from farm.errors import FarmError, TooLarge
+from farm.errors import FarmError, TooLarge, TooSlow
 from farm.ids import new_id
 from farm.logs import get_logger
+from farm.settings import Settings
 
 API = "/api/v1"
+BATCHES = f"{API}/batches"
 OPEN = frozenset({f"{API}/health/live", f"{API}/health/ready"})
 """The only paths that answer without a key. Unknown paths do not: nothing is told apart from outside."""
 
 NDJSON = frozenset({"application/x-ndjson", "application/ndjson", "application/jsonl"})
+SMALL_BODY_BYTES = 1024 * 1024
+"""Every body but a batch's: one job, one key. A hundred times what a sensible one takes."""
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 log = get_logger(__name__)
@@ -99,35 +104,66 @@ class Authentication:
 
 
 class BodyLimit:
-    """Refuses a body over the limit, by its header before it is read, or once the limit is passed while it streams."""
+    """Refuses a body over the limit, by its header before it is read, or once the limit is passed while it streams.
+
+    One that stops arriving, or takes too long to, is refused as well: a client that vanished, or never means to end.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        # Only POST has bodies that are read; what other requests wait for is that the client leaves.
+        if scope["type"] != "http" or scope["method"] != "POST":
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
         settings = farm_of(scope).settings
-        limit = settings.max_upload_bytes if media_type(headers) in NDJSON else settings.max_body_bytes
+        limit = _limit(scope["path"], headers, settings)
         announced = headers.get("content-length", "")
         # What is no plain number is for the server to refuse; whatever it lets through is counted below.
         if announced.isascii() and announced.isdigit() and (len(announced) > 18 or int(announced) > limit):
             await farm_problem(scope, _over(limit))(scope, receive, send)
             return
-        received = 0
+        body = _Body(receive, limit, settings)
+        await self.app(scope, body.receive, send)
 
-        async def counted() -> Message:
-            nonlocal received
-            message = await receive()
-            if message["type"] == "http.request":
-                received += len(message.get("body", b""))
-                if received > limit:
-                    raise _over(limit)
-            return message
 
-        await self.app(scope, counted, send)
+class _Body:
+    """One body on its way in."""
+
+    def __init__(self, receive: Receive, limit: int, settings: Settings) -> None:
+        self._receive = receive
+        self._limit = limit
+        self._silence = settings.body_silence.total_seconds()
+        self._time = settings.body_time.total_seconds()
+        self._ends = anyio.current_time() + self._time
+        self._received = 0
+        self._complete = False
+
+    async def receive(self) -> Message:
+        """The next message. Raises TooLarge, TooSlow."""
+        if self._complete:
+            return await self._receive()
+        left = self._ends - anyio.current_time()
+        with anyio.move_on_after(min(self._silence, left)) as waiting:
+            message = await self._receive()
+        if waiting.cancelled_caught:
+            if left <= self._silence:
+                raise TooSlow(f"the request body took longer than {self._time:g} seconds; send less at a time")
+            raise TooSlow(f"nothing of the request body arrived for {self._silence:g} seconds")
+        if message["type"] == "http.request":
+            self._received += len(message.get("body", b""))
+            self._complete = not message.get("more_body", False)
+            if self._received > self._limit:
+                raise _over(self._limit)
+        return message
+
+
+def _limit(path: str, headers: Headers, settings: Settings) -> int:
+    if path != BATCHES:
+        return min(SMALL_BODY_BYTES, settings.max_body_bytes)
+    return settings.max_upload_bytes if media_type(headers) in NDJSON else settings.max_body_bytes
 
 
 def _over(limit: int) -> TooLarge:

@@ -27,6 +27,7 @@ PROBLEMS = {
     "401": "No valid API key",
     "403": "The key lacks the scope",
     "404": "Nothing with this id in your project",
+    "408": "The body did not arrive in time",
     "409": "The present state does not allow this, or a twin of this request is being worked on",
     "413": "The body is over the limit",
     "415": "A content type this route does not read",
@@ -94,7 +95,7 @@ def _add_problems(path: str, operation: dict[str, Any]) -> None:
     if "{" in path:
         statuses.append("404")
     if "requestBody" in operation:
-        statuses += ["400", "413", "415"]
+        statuses += ["400", "408", "413", "415"]
     if "requestBody" in operation or operation.get("parameters"):
         statuses.append("422")
     if ("{" in path and path.count("/") > 4) or "requestBody" in operation:

@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import orjson
 from pydantic import TypeAdapter, ValidationError
 from starlette.datastructures import QueryParams
 
-from api.schemas import Labels, Text
+from api.schemas import Text
+from farm import jsontext
 from farm.errors import InvalidRequest, Problem
+from farm.fields import Labels, words_of
 from farm.submission import JobSpec
 
 PROPERTIES: dict[str, dict[str, Any]] = {
@@ -46,7 +47,7 @@ class BatchParameters:
             try:
                 found[name] = _value(name, query.getlist(name))
             except ValueError as error:
-                problems.append({"field": name, "problem": _words(error)})
+                problems.append({"field": name, "problem": str(error)})
         defaults = {name: value for name, value in found.items() if name in PROPERTIES}
         title = _checked(Text, "name", found.get("name", ""), problems)
         labels = _checked(Labels, "labels", defaults.get("labels", {}), problems)
@@ -99,7 +100,10 @@ def _value(name: str, given: list[str]) -> Any:
         return given[0]
     if name not in PROPERTIES:
         raise ValueError("unknown parameter")
-    return orjson.loads(given[0])
+    try:
+        return jsontext.loads(given[0])
+    except ValueError as error:
+        raise ValueError(f"must be JSON: {error}") from None
 
 
 def _checked(kind: Any, name: str, value: Any, problems: list[Problem]) -> Any:
@@ -108,9 +112,5 @@ def _checked(kind: Any, name: str, value: Any, problems: list[Problem]) -> Any:
     except ValidationError as error:
         for found in error.errors():
             where = ".".join([name, *(str(part) for part in found["loc"])])
-            problems.append({"field": where, "problem": found["msg"]})
+            problems.append({"field": where, "problem": words_of(found)})
         return None
-
-
-def _words(error: ValueError) -> str:
-    return f"must be JSON: {error}" if isinstance(error, orjson.JSONDecodeError) else str(error)

@@ -3,16 +3,15 @@
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, SkipValidation, field_validator
 
 from farm.errors import InvalidRequest
+from farm.fields import Labels, Moment
 from farm.states import JobState
-from farm.submission import MAX_LABELS, Label, Name
 
 Text = Annotated[str, Field(max_length=200, pattern=r"^[^\x00]*$")]
 """A short text; Postgres stores every character but NUL."""
 
-Labels = Annotated[dict[Annotated[Name, Field(max_length=100)], Label], Field(max_length=MAX_LABELS)]
 Scope = Literal["jobs:read", "jobs:write", "admin"]
 
 
@@ -29,7 +28,8 @@ class BatchBody(Body):
     name: Text = ""
     labels: Labels | None = None
     defaults: dict[str, Any] = {}
-    jobs: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    jobs: Annotated[list[SkipValidation[dict[str, Any]]], Field(min_length=1)]
+    """Each is looked at later, in its turn: a million wrong ones must not make a million findings."""
 
     @property
     def batch_labels(self) -> dict[str, str]:
@@ -51,8 +51,8 @@ class KeyBody(Body):
 
     name: Annotated[Text, Field(min_length=1)]
     project: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")] | None = None
-    scopes: Annotated[list[Scope], Field(min_length=1)] = ["jobs:read", "jobs:write"]
-    expires_at: AwareDatetime | None = None
+    scopes: Annotated[list[Scope], Field(min_length=1), FailFast()] = ["jobs:read", "jobs:write"]
+    expires_at: Moment | None = None
 
     @field_validator("expires_at")
     @classmethod
@@ -62,12 +62,19 @@ class KeyBody(Body):
         return value
 
 
+def _pair(value: str) -> str:
+    key, equals, _ = value.partition("=")
+    if not key or not equals or "\0" in value:
+        raise ValueError("must read key=value, such as site=bridge-7")
+    return value
+
+
 class Listing(BaseModel):
     """What every list understands."""
 
     model_config = ConfigDict(extra="forbid")
 
-    label: list[Annotated[str, Field(pattern=r"^[^=\x00]+=[^\x00]*$")]] = Field(
+    label: list[Annotated[str, AfterValidator(_pair)]] = Field(
         [], description="Only what carries this label, as `key=value`; may be repeated.", examples=[["site=bridge-7"]]
     )
     cursor: Annotated[str, Field(min_length=1, max_length=500)] | None = Field(
@@ -104,6 +111,14 @@ class Link(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     redirect: bool = Field(True, description="`false` answers the address as JSON instead of redirecting to it.")
+
+
+class Rehearsal(BaseModel):
+    """Whether a submission is only checked."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    dry_run: bool = Field(False, description="Check everything, store nothing.")
 
 
 class Version(BaseModel):

@@ -14,7 +14,8 @@ from sqlalchemy import Connection
 from starlette.responses import Response
 
 from api.deps import Farm
-from farm import catalogue, jobs
+from farm import jobs
+from farm.catalogue import Catalogue
 from farm.queries.claiming import database_now
 from farm.submission import Prepared, prepare
 from farm.views import BatchView, JobView
@@ -81,12 +82,12 @@ class Submission:
 class Moment:
     """What a submission is checked against: the models there are, and the database's clock."""
 
-    known: catalogue.Catalogue
+    known: Catalogue
     now: datetime
 
     @classmethod
     def of(cls, conn: Connection, farm: Farm) -> "Moment":
-        return cls(catalogue.load(conn, farm.store), database_now(conn))
+        return cls(farm.catalogue.load(conn), database_now(conn))
 
     def check(self, submission: Submission, farm: Farm) -> Prepared:
         """Everything checked, and spooled for COPY. Raises InvalidRequest with the first hundred problems."""

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
+from uuid import UUID
 
 import orjson
 from sqlalchemy import Connection
@@ -20,6 +21,8 @@ DEFAULT_CHECKPOINT = "crack-tiny"
 DEFAULT_ACCELERATION = "crack-tiny-lcm"
 ASSETS = Path(__file__).parent / "assets" / "crack-tiny"
 
+CONTENT_TOKENS = 75
+"""CLIP reads 77 tokens, its start and end marks among them."""
 TEACHER_STEPS = 25
 TEACHER_GUIDANCE = 7.5
 
@@ -65,9 +68,11 @@ class Catalogue:
     tokens: Callable[[str, str], int | None] = field(default=lambda _checkpoint, _prompt: None)
 
     def too_long(self, checkpoint: str, prompt: str) -> bool:
-        """Whether a prompt passes the 75 tokens that fit between CLIP's start and end tokens."""
-        # A token holds at least one character: short prompts need no count.
-        return len(prompt) > 75 and (self.tokens(checkpoint, prompt) or 0) > 75
+        """Whether a prompt has more tokens than fit between CLIP's start and end marks."""
+        # A token holds at least one byte, and CLIP's normalising leaves the length of ASCII alone: no need to count.
+        if prompt.isascii() and len(prompt) <= CONTENT_TOKENS:
+            return False
+        return (self.tokens(checkpoint, prompt) or 0) > CONTENT_TOKENS
 
     def resolve(
         self,
@@ -182,6 +187,23 @@ def load(conn: Connection, store: ObjectStore | None = None) -> Catalogue:
     for row in tokenizers:
         keys.setdefault(row["hash"], {})[row["path"]] = row["key"]
     return Catalogue(checkpoints, adapters, TokenCounter(keys, store.get).count)
+
+
+class Kept:
+    """The catalogue as one process keeps it: read again once a model changed, by whichever process."""
+
+    def __init__(self, store: ObjectStore) -> None:
+        self._store = store
+        self._kept: tuple[UUID | None, Catalogue] | None = None
+
+    def load(self, conn: Connection) -> Catalogue:
+        """The catalogue as of now, for the price of reading one row."""
+        # The stamp first: what is registered in between is then read too early, and once more, but never missed.
+        stamp = rows.stamp(conn)
+        kept = self._kept
+        if kept is None or kept[0] != stamp:
+            kept = self._kept = (stamp, load(conn, self._store))
+        return kept[1]
 
 
 def list_checkpoints(conn: Connection) -> list[CheckpointView]:

@@ -106,6 +106,12 @@ class TooLarge(PermanentError):
     code = "too-large"
 
 
+class TooSlow(TransientError):
+    """The request body did not arrive in time."""
+
+    code = "too-slow"
+
+
 class UnsupportedMedia(PermanentError):
     """The request's content type is not one this route reads."""
 

@@ -28,7 +28,7 @@ from sqlalchemy.dialects.postgresql.base import ischema_names
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import UserDefinedType
 
-SCHEMA_VERSION = "0001"
+SCHEMA_VERSION = "0002"
 """The Alembic revision this code was written for; a process refuses any other."""
 
 NOW = text("clock_timestamp()")
@@ -115,6 +115,15 @@ class Model(Base):
         CheckConstraint("kind IN ('checkpoint', 'acceleration', 'style')", name="kind"),
         CheckConstraint("state IN ('pending', 'available', 'refused')", name="state"),
     )
+
+
+class CatalogueStamp(Base):
+    """One row, written by a trigger with every change of `models`: whoever read this stamp has read these models."""
+
+    __tablename__ = "catalogue_stamp"
+    single: Mapped[bool] = mapped_column(primary_key=True, server_default=text("true"))
+    stamp: Mapped[uuid.UUID]
+    __table_args__ = (CheckConstraint("single", name="single"),)
 
 
 class ModelFile(Base):

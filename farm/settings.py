@@ -64,9 +64,13 @@ class Settings(BaseSettings):
     api_threads: Positive = 16
     """Threads that serve blocking routes."""
     max_body_bytes: Positive = 32 * 1024 * 1024
-    """Largest JSON body."""
+    """Largest JSON body of a batch; every other body may have 1 MiB."""
     max_upload_bytes: Positive = 4 * 1024**3
     """Largest NDJSON body; it is spooled to disk, never held in memory."""
+    body_silence: Seconds = timedelta(seconds=60)
+    """How long a request body may make us wait for its next bytes."""
+    body_time: Seconds = timedelta(hours=1)
+    """How long a request body may take in all."""
     max_batch_jobs: Positive = 1_000_000
     """Most jobs of one batch."""
     spool_dir: Path | None = None

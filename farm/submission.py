@@ -15,19 +15,12 @@ from typing import IO, Annotated, Any, Literal
 from uuid import UUID
 
 import orjson
-from pydantic import (
-    AfterValidator,
-    AwareDatetime,
-    BaseModel,
-    ConfigDict,
-    Field,
-    Strict,
-    StringConstraints,
-    ValidationError,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from farm import jsontext
 from farm.catalogue import Catalogue, Resolved
 from farm.errors import InvalidRequest, Problem, TooLarge
+from farm.fields import MAX_FIELDS, Labels, Moment, Name, NegativePrompt, Prompt, at_most, problems_of, refuse_flood
 from farm.ids import new_id
 from farm.recipe import MAX_SEED, canonical_bytes
 from farm.settings import Settings
@@ -35,24 +28,12 @@ from farm.views import DryRun
 
 MAX_PROBLEMS = 100
 """Bad lines reported before a submission is refused."""
-MAX_PROMPT = 8_000
-MAX_LABELS = 32
 MAX_COUNT = 10_000
 MAX_STEPS = 100
 PROJECT = b"\x01"
 """Stands for the project's id in spooled rows, which hold no text of users."""
 
 SCHEDULERS = ("lcm", "ddim", "euler", "euler-a", "dpmpp-2m")
-
-
-def _storable(value: str) -> str:
-    if "\0" in value:
-        raise ValueError("must not contain the character U+0000")
-    return value
-
-
-Name = Annotated[str, StringConstraints(min_length=1, max_length=200), AfterValidator(_storable)]
-Label = Annotated[str, StringConstraints(max_length=500), AfterValidator(_storable)]
 
 
 class AdapterSpec(BaseModel):
@@ -75,10 +56,10 @@ class JobSpec(BaseModel):
         },
     )
 
-    prompt: Annotated[str, StringConstraints(min_length=1, max_length=MAX_PROMPT), AfterValidator(_storable)]
-    negative_prompt: Annotated[str, StringConstraints(max_length=MAX_PROMPT), AfterValidator(_storable)] = ""
+    prompt: Prompt
+    negative_prompt: NegativePrompt = ""
     checkpoint: Name | None = None
-    adapters: Annotated[list[AdapterSpec], Field(max_length=16)] = []
+    adapters: Annotated[list[Annotated[AdapterSpec, at_most(MAX_FIELDS)]], at_most(16), Field(max_length=16)] = []
     acceleration: Literal["lcm-lora", "none"] = "lcm-lora"
     width: Annotated[int, Field(ge=8, le=8192, multiple_of=8)] | None = None
     height: Annotated[int, Field(ge=8, le=8192, multiple_of=8)] | None = None
@@ -88,8 +69,9 @@ class JobSpec(BaseModel):
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
     count: Annotated[int, Field(ge=1, le=MAX_COUNT)] = 1
     priority: Annotated[int, Field(ge=-100, le=100)] = 0
-    labels: Annotated[dict[Annotated[Name, Field(max_length=100)], Label], Field(max_length=MAX_LABELS)] = {}
-    run_at: Annotated[AwareDatetime, Strict(False)] | None = None
+    labels: Labels = {}
+    run_at: Moment | None = None
+    """When it may start; a moment that is past means at once."""
     metadata: bool = True
     """Whether recipe and prompt are written into the picture file."""
 
@@ -162,6 +144,8 @@ def prepare(
     """
     writer = _Writer(dict(defaults), catalogue, settings, name, now, dict(labels or {}))
     try:
+        # Defaults that are wrong would be found again in every row.
+        writer.refuse()
         for line, row in enumerate(rows, first_line):
             writer.add(line, row)
             if len(writer.problems) >= MAX_PROBLEMS:
@@ -194,19 +178,15 @@ class _Writer:
 
     def add(self, line: int, row: Mapping[str, Any] | bytes) -> None:
         try:
-            if isinstance(row, (bytes, bytearray, memoryview)):
-                if not row.strip():
-                    return
-                row = orjson.loads(row)
-                if not isinstance(row, dict):
-                    self.problems.append({"line": line, "field": "", "problem": "each line is one JSON object"})
-                    return
-            spec = JobSpec.model_validate({**self.defaults, **row} if self.defaults else row)
-        except orjson.JSONDecodeError as error:
-            self.problems.append({"line": line, "field": "", "problem": f"not valid JSON: {error}"})
-            return
+            fields = _fields(row)
+            if fields is None:
+                return
+            spec = JobSpec.model_validate({**self.defaults, **fields} if self.defaults else fields)
         except ValidationError as error:
             self.problems.extend({"line": line, **problem} for problem in problems_of(error))
+            return
+        except ValueError as error:
+            self.problems.append({"line": line, "field": "", "problem": str(error)})
             return
         choice = self._resolve(spec)
         if isinstance(choice, list):
@@ -215,10 +195,14 @@ class _Writer:
         if not self.problems:
             self._write(spec, choice, line)
 
-    def check(self) -> None:
+    def refuse(self) -> None:
+        """Raises InvalidRequest with the first problems, if there are any so far."""
         if self.problems:
             shown = self.problems[:MAX_PROBLEMS]
             raise InvalidRequest(f"nothing was accepted: {len(shown)} problem(s) found", shown)
+
+    def check(self) -> None:
+        self.refuse()
         if not self.prepared.jobs:
             raise InvalidRequest("there is no job in this submission")
 
@@ -265,18 +249,13 @@ class _Writer:
                 self.problems.append({"line": line, "field": "seed", "problem": problem})
                 return
             first -= spec.count
-        run_at = spec.run_at or self.now
+        # A moment that is past must not stand before those who waited since.
+        run_at = self.now if spec.run_at is None else max(spec.run_at, self.now)
         warnings = self._warnings(spec, choice)
         body = {**choice.body, "prompt": spec.prompt, "negative_prompt": spec.negative_prompt}
-        tail = b"\t".join(
-            (
-                choice.names_json,
-                _escaped(orjson.dumps(spec.labels)),
-                _array(warnings),
-                b"t" if spec.metadata else b"f",
-            )
-        )
-        due = self.created if spec.run_at is None else _timestamp(run_at)
+        labels, flag = _escaped(orjson.dumps(spec.labels)), b"t" if spec.metadata else b"f"
+        tail = b"\t".join((choice.names_json, labels, _array(warnings), flag))
+        due = self.created if run_at is self.now else _timestamp(run_at)
         for offset in range(spec.count):
             job_id = new_id()
             body["seed"] = first + offset
@@ -316,26 +295,38 @@ class _Writer:
     def _warnings(self, spec: JobSpec, choice: Resolved) -> list[str]:
         warnings = list(choice.warnings)
         if spec.negative_prompt and choice.body["guidance_scale"] <= 1:
-            warnings.append(f"negative_prompt has no effect at guidance_scale {choice.body['guidance_scale']:g}")
+            warnings.append("negative_prompt has no effect at guidance_scale 1 or less")
+        elif self.catalogue.too_long(choice.body["checkpoint"], spec.negative_prompt):
+            warnings.append("negative_prompt is longer than 77 tokens; the rest is cut off")
         if self.catalogue.too_long(choice.body["checkpoint"], spec.prompt):
             warnings.append("prompt is longer than 77 tokens; the rest is cut off")
         return warnings
 
 
-def problems_of(error: ValidationError) -> Iterator[Problem]:
-    """Pydantic's findings in the words of the farm: field path and problem."""
-    for found in error.errors(include_url=False, include_input=False, include_context=False):
-        field = ".".join(str(part) for part in found["loc"])
-        problem = "unknown field" if found["type"] == "extra_forbidden" else found["msg"]
-        yield {"field": field, "problem": problem}
+def _fields(row: Any) -> Mapping[str, Any] | None:
+    """The fields of one job, or None for a blank line. Raises ValueError."""
+    if isinstance(row, (bytes, bytearray)):
+        if not row.strip():
+            return None
+        try:
+            row = jsontext.loads(row)
+        except ValueError as error:
+            raise ValueError(f"not valid JSON: {error}") from None
+    if not isinstance(row, Mapping):
+        raise ValueError("must be a JSON object")  # noqa: TRY004  # what was sent is wrong, not our code
+    refuse_flood(row, len(JobSpec.model_fields))
+    return row
 
 
 def _check_defaults(defaults: Mapping[str, Any]) -> Iterator[Problem]:
     try:
+        refuse_flood(defaults, len(JobSpec.model_fields))
         JobSpec.model_validate({"prompt": "-", **defaults})
     except ValidationError as error:
         for problem in problems_of(error):
             yield {"field": f"defaults.{problem['field']}", "problem": problem["problem"]}
+    except ValueError as error:
+        yield {"field": "defaults", "problem": str(error)}
     if defaults.get("seed") is not None:
         yield {"field": "defaults.seed", "problem": "a seed belongs to a job: shared, it would make equal pictures"}
 

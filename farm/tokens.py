@@ -12,6 +12,9 @@ CLIP_PATTERN = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p
 UNKNOWN = "<|endoftext|>"
 """CLIP uses its end mark for what it does not know; byte-level pieces leave nothing unknown."""
 
+REMEMBERED = 1_024
+"""Prompts whose count is kept. A prompt may take 32 KB, so this many are no burden."""
+
 _loaded: dict[str, Tokenizer] = {}
 """Tokenizers by checkpoint hash; content never changes under a hash."""
 
@@ -25,7 +28,7 @@ class TokenCounter:
     def __init__(self, keys: Mapping[str, Mapping[str, str]], fetch: Callable[[str], bytes]) -> None:
         self._keys = keys
         self._fetch = fetch
-        self._count = lru_cache(maxsize=4_096)(self._uncached)
+        self._count = lru_cache(maxsize=REMEMBERED)(self._uncached)
 
     def count(self, checkpoint: str, prompt: str) -> int | None:
         """Tokens of a prompt without start and end marks; None when the checkpoint has no tokenizer."""

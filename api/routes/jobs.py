@@ -11,19 +11,25 @@ from api.bodies import JsonBytes, parse
 from api.deps import ConnDep, FarmDep, NoticesDep, ReaderDep, WriterDep
 from api.examples import FULL_JOB, JOB, JOBS_WITH_COUNT
 from api.openapi import body as documented
-from api.schemas import JobListing
-from api.submitting import IdempotencyKey, Moment, Once, Submission, only_job, store
+from api.schemas import JobListing, Rehearsal
+from api.submitting import IdempotencyKey, Moment, Once, Submission, answer, only_job, store
 from farm import jobs
 from farm.errors import InvalidRequest, Problem
 from farm.submission import JobSpec
-from farm.views import BatchView, JobView, Page
+from farm.views import BatchView, DryRun, JobView, Page
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
 
 EXAMPLES = {"shortest": JOB, "everything": FULL_JOB, "four seeds": JOBS_WITH_COUNT}
 
 
-@router.post("", status_code=201, response_model=JobView | BatchView, openapi_extra=documented(JobSpec, EXAMPLES))
+@router.post(
+    "",
+    status_code=201,
+    response_model=JobView | BatchView,
+    responses={200: {"model": DryRun, "description": "`dry_run=true`: what it would do; nothing was stored"}},
+    openapi_extra=documented(JobSpec, EXAMPLES),
+)
 def create_job(
     request: Request,
     caller: WriterDep,
@@ -31,6 +37,7 @@ def create_job(
     farm: FarmDep,
     notices: NoticesDep,
     conn: ConnDep,
+    wanted: Annotated[Rehearsal, Query()],
     key: IdempotencyKey = None,
 ) -> Response:
     """Submit one job. With `count` over 1 it becomes that many jobs with rising seeds, and the answer is their batch.
@@ -38,7 +45,7 @@ def create_job(
     201 means that it is stored: whatever happens to servers after that, it ends succeeded, failed or cancelled.
     """
     once = Once.of(request, caller.project_id, key, hashlib.sha256(body).digest())
-    if (before := once.answered(conn, farm)) is not None:
+    if not wanted.dry_run and (before := once.answered(conn, farm)) is not None:
         return before
     spec = parse(body)
     labels = spec.get("labels")
@@ -50,6 +57,8 @@ def create_job(
         problems = [Problem(field=found["field"], problem=found["problem"]) for found in error.problems]
         raise InvalidRequest("the job is not valid", problems=problems) from None
     with checked as prepared:
+        if wanted.dry_run:
+            return answer(prepared.dry_run())
         batch = store(conn, prepared, farm, caller.project_id)
         single = prepared.jobs == 1
     notices.work = True

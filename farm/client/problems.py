@@ -22,6 +22,7 @@ BY_STATUS: dict[int, type[FarmError]] = {
     401: errors.Unauthorized,
     403: errors.Forbidden,
     404: errors.NotFound,
+    408: errors.TooSlow,
     409: errors.Conflict,
     413: errors.TooLarge,
     415: errors.UnsupportedMedia,

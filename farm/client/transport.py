@@ -1,5 +1,6 @@
 """How a call becomes arguments of httpx, the same for the blocking and the asynchronous client."""
 
+import time
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
@@ -12,6 +13,8 @@ from farm.client.connection import Connection
 from farm.errors import InvalidRequest
 
 USER_AGENT = f"lcm-farm/{__version__}"
+LINGER_SECONDS = 5.0
+"""Rows that come slowly are sent at least this often: the farm gives up on an upload that stays silent for a minute."""
 
 
 def api_options(connection: Connection, timeout: float) -> dict[str, Any]:
@@ -39,32 +42,48 @@ def arguments(call: Call[Any]) -> dict[str, Any]:
     return given | {"params": list(call.params)} if call.params else given
 
 
+class _Piece:
+    """NDJSON lines gathered until they are worth sending."""
+
+    def __init__(self) -> None:
+        self._lines = bytearray()
+        self._sent = time.monotonic()
+
+    def add(self, row: Row) -> bytes:
+        """Take a row in; what to send now, which mostly is nothing yet."""
+        self._lines += line(row)
+        full = len(self._lines) >= CHUNK_BYTES
+        return self.rest() if full or time.monotonic() - self._sent >= LINGER_SECONDS else b""
+
+    def rest(self) -> bytes:
+        """What was gathered and not sent yet."""
+        lines = bytes(self._lines)
+        self._lines.clear()
+        self._sent = time.monotonic()
+        return lines
+
+
 def chunks(rows: AsyncRows) -> Iterator[bytes]:
     """Rows as NDJSON in pieces of about CHUNK_BYTES; never more than one piece in memory."""
     if not isinstance(rows, Iterable):
         raise InvalidRequest("Farm reads an ordinary iterable; AsyncFarm reads an asynchronous one too")
-    piece = bytearray()
+    piece = _Piece()
     for row in rows:
-        piece += line(row)
-        if len(piece) >= CHUNK_BYTES:
-            yield bytes(piece)
-            piece.clear()
-    if piece:
-        yield bytes(piece)
+        if now := piece.add(row):
+            yield now
+    if rest := piece.rest():
+        yield rest
 
 
 async def async_chunks(rows: AsyncRows) -> AsyncIterator[bytes]:
     """The same of either kind of iterable."""
     if not isinstance(rows, AsyncIterable):
-        for piece in chunks(rows):
-            yield piece
+        for lines in chunks(rows):
+            yield lines
         return
-    pending: list[Row] = []
+    piece = _Piece()
     async for row in rows:
-        pending.append(row)
-        if len(pending) >= 256:
-            for piece in chunks(pending):
-                yield piece
-            pending.clear()
-    for piece in chunks(pending):
-        yield piece
+        if now := piece.add(row):
+            yield now
+    if rest := piece.rest():
+        yield rest

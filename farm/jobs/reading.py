@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 from uuid import UUID
@@ -204,7 +205,7 @@ def _decode(cursor: str | None) -> UUID | None:
     if cursor is None:
         return None
     try:
-        return UUID(bytes=base64.urlsafe_b64decode(cursor + "=="))
+        return UUID(bytes=base64.b64decode(cursor + "==", altchars=b"-_", validate=True))
     except (ValueError, binascii.Error) as error:
         raise InvalidRequest("cursor is not one that a page of this list gave as next_cursor") from error
 
@@ -214,6 +215,13 @@ def _event_cursor(after: str | None) -> tuple[str, UUID]:
         return START
     xid, _, job = after.partition(".")
     try:
-        return str(int(xid)), UUID(job)
+        return _xid(xid), UUID(job)
     except ValueError as error:
         raise InvalidRequest("Last-Event-ID is not the id of an event of this stream") from error
+
+
+def _xid(text: str) -> str:
+    """A transaction id as Postgres reads it, 64 bits without a sign. Raises ValueError."""
+    if not re.fullmatch(r"[0-9]{1,20}", text) or int(text) >= 2**64:
+        raise ValueError(f"{text} is no transaction id")
+    return text

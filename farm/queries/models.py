@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
+from uuid import UUID
 
 from sqlalchemy import Connection, RowMapping, bindparam, text
 from sqlalchemy.dialects.postgresql import JSONB
@@ -39,6 +40,12 @@ class File(Protocol):
     def sha256(self) -> str: ...
     @property
     def bytes(self) -> int: ...
+
+
+def stamp(conn: Connection) -> UUID | None:
+    """What changes with every change of the models; None before the first."""
+    found: UUID | None = conn.execute(text("SELECT stamp FROM catalogue_stamp")).scalar_one_or_none()
+    return found
 
 
 def available(conn: Connection) -> Sequence[RowMapping]:

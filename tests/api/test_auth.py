@@ -12,23 +12,7 @@ from api.auth import Authenticator
 from api.main import NOUNS
 from farm.db import Database
 from farm.errors import Unauthorized
-from tests.api.conftest import Api, problem_of
-
-HEALTH = {"/health/live", "/health/ready"}
-BODY = {"/jobs", "/batches", "/keys"}
-
-
-def operations(api: Api) -> list[tuple[str, str]]:
-    """Method and path (below /api/v1) of every operation, with made-up ids."""
-    paths = api.http.get("/openapi.json").json()["paths"]
-    found = [(method.upper(), path.removeprefix("/api/v1")) for path, methods in paths.items() for method in methods]
-    return [(method, path.replace("{", "").replace("}", "")) for method, path in found]
-
-
-def made_up(path: str) -> str:
-    for name in ("job_id", "batch_id", "key_id"):
-        path = path.replace(name, str(uuid4()))
-    return path
+from tests.api.conftest import HEALTH, Api, made_up, operations, problem_of
 
 
 def test_the_document_knows_every_route(api: Api) -> None:
@@ -110,6 +94,18 @@ def test_expired_keys_are_refused(api: Api) -> None:
     problem_of(api.client(key).get("/version"), 401, "unauthorized")
 
 
+def test_keys_are_compared_in_constant_time(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[tuple[bytes, bytes]] = []
+
+    def compare(stored: bytes, sent: bytes) -> bool:
+        compared.append((stored, sent))
+        return False
+
+    monkeypatch.setattr("farm.keys.hmac.compare_digest", compare)
+    problem_of(api.client(api.new_key()).get("/version"), 401, "unauthorized")
+    assert [(len(stored), stored == sent) for stored, sent in compared] == [(32, True)]
+
+
 def test_keys_are_made_listed_and_revoked_by_admins(api: Api) -> None:
     ends = (datetime.now(UTC) + timedelta(days=1)).isoformat()
     body = {"name": "importer", "project": "walls", "scopes": ["jobs:read"], "expires_at": ends}
@@ -152,6 +148,8 @@ def test_a_key_belongs_to_the_project_of_who_asks(api: Api) -> None:
         ({"name": "x", "expires_at": "2020-01-01T00:00:00Z"}, "expires_at"),
         ({"name": "x", "expires_at": "2999-01-01T00:00:00"}, "expires_at"),
         ({"name": "x", "expires_at": 5}, "expires_at"),
+        ({"name": "x", "expires_at": "9999999999"}, "expires_at"),
+        ({"name": "x", "expires_at": "9999-12-31T23:59:59-14:00"}, "expires_at"),
         ({"name": "x", "key": "mine"}, "key"),
     ],
 )

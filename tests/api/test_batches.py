@@ -15,6 +15,8 @@ from api.bodies import json_bytes
 from api.deps import Needs, transaction
 from api.examples import BATCH, FULL_JOB, JOB, JOBS_WITH_COUNT, NDJSON
 from api.main import NOUNS
+from farm.modelfiles import FoundModel
+from farm.queries import models as model_rows
 from farm.states import Outcome
 from farm.views import BatchView
 from tests.api.conftest import PROMPT, Api, problem_of, until
@@ -202,6 +204,21 @@ def test_models_are_shown(api: Api) -> None:
     assert checkpoints[1]["profile"]["steps"] == 4
     adapters = api.http.get("/adapters").json()["items"]
     assert {(model["name"], model["kind"]) for model in adapters} >= {("lcm", "acceleration"), ("moss", "style")}
+
+
+def test_models_count_as_soon_as_they_are_registered(api: Api) -> None:
+    """By another process: the API keeps the catalogue, and has to notice."""
+    job = {"prompt": "a", "adapters": [{"name": "late"}]}
+    problem_of(api.http.post("/jobs", json=job), 422, "invalid-request")
+    found = FoundModel(hash="f" * 64, family="crack-tiny", bytes=1, files=(), profile={}, source={})
+    with api.database.transaction() as conn:
+        model_rows.insert(conn, name="late", kind="style", found=found)
+    try:
+        assert api.http.post("/jobs", json=job).status_code == 201
+    finally:
+        with api.database.transaction() as conn:
+            model_rows.remove(conn, "late")
+    problem_of(api.http.post("/jobs", json=job), 422, "invalid-request")
 
 
 def test_an_upload_that_breaks_off_leaves_nothing(api: Api) -> None:

@@ -9,7 +9,7 @@ import structlog
 
 from api.errors import BY_STATUS, STATUS
 from farm import errors, jobs
-from tests.api.conftest import Api, problem_of, until
+from tests.api.conftest import HEALTH, Api, made_up, operations, problem_of, until
 
 
 def kinds(root: type[errors.FarmError] = errors.FarmError) -> Iterator[type[errors.FarmError]]:
@@ -61,7 +61,25 @@ def test_unknown_places_and_methods_are_problem_documents(api: Api) -> None:
         problem_of(httpx.get(api.url + path, headers={"X-API-Key": api.key}), 404, "not-found")
     answer = api.http.put("/jobs", json={})
     problem_of(answer, 405, "method-not-allowed")
-    assert set(answer.headers["allow"].split(", ")) <= {"GET", "POST"}
+    assert answer.headers["allow"] == "GET, POST"
+
+
+def test_parameters_that_a_route_does_not_have_are_refused(api: Api) -> None:
+    """Whoever misspells `dry_run` must not find a job stored."""
+    before = api.stored()
+    for method, path in operations(api):
+        answer = api.http.request(
+            method,
+            f"{made_up(path)}?dryrun=true",
+            content=b'{"prompt": "x"}',
+            headers={"Content-Type": "application/json"},
+        )
+        if path in HEALTH:
+            assert answer.status_code == 200
+            continue
+        document = problem_of(answer, 422, "invalid-request")
+        assert document["problems"] == [{"field": "dryrun", "problem": "unknown parameter"}], path
+    assert api.stored() == before
 
 
 def test_request_ids_are_ours_unless_they_are_sensible(api: Api) -> None:

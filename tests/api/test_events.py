@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Generator
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import httpx
 import orjson
@@ -175,7 +175,24 @@ def test_done_waits_for_jobs_that_are_not_visible_yet(api: Api) -> None:
     assert kinds[-1] == "done"
 
 
-@pytest.mark.parametrize("after", ["x", "1", "1.2", "-", "1." + "z" * 36, "9" * 190])
+NIL = UUID(int=0)
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        "x",
+        "1",
+        "1.2",
+        "-",
+        "1." + "z" * 36,
+        "9" * 190,
+        f"-5.{NIL}",
+        f"{2**64}.{NIL}",
+        f"{'9' * 40}.{NIL}",
+        f"1_0.{NIL}",
+    ],
+)
 def test_made_up_event_ids_are_refused(api: Api, after: str) -> None:
     answer = api.http.get(f"/batches/{api.submit(1)['id']}/events", headers={"Last-Event-ID": after})
     problem_of(answer, 422, "invalid-request")

@@ -47,6 +47,28 @@ def test_warnings_are_part_of_the_answer(api: Api) -> None:
     assert "no effect" in job["warnings"][0]
 
 
+def test_a_rehearsal_counts_and_stores_nothing(api: Api) -> None:
+    before = api.stored()
+    body = {"prompt": PROMPT, "count": 3, "negative_prompt": "windows"}
+    for _ in range(2):
+        answer = api.http.post("/jobs?dry_run=true", json=body, headers={"Idempotency-Key": "rehearsal"})
+        assert answer.status_code == 200
+        found = answer.json()
+        assert (found["jobs"], found["lanes"], found["pipelines"]) == (3, 1, 1)
+        assert len(found["warnings"]) == 1
+    problem_of(api.http.post("/jobs?dry_run=true", json={"prompt": ""}), 422, "invalid-request")
+    problem_of(api.http.post("/jobs?dry_run=perhaps", json={"prompt": "x"}), 422, "invalid-request")
+    assert api.stored() == before
+    assert api.http.post("/jobs?dry_run=false", json=body).status_code == 201
+
+
+def test_a_moment_that_is_past_means_now(api: Api) -> None:
+    job = api.http.post("/jobs", json={"prompt": PROMPT, "run_at": "1970-01-01T00:00:00Z"}).json()
+    assert job["run_at"] >= job["created_at"]
+    (lane,) = api.http.get("/queue").json()["items"]
+    assert lane["oldest_age_seconds"] < 60
+
+
 def test_listing_goes_by_state_label_and_page(api: Api) -> None:
     for n in range(5):
         api.http.post("/jobs", json={"prompt": f"{n}", "labels": {"parity": str(n % 2), "n": str(n)}})
@@ -91,7 +113,7 @@ def test_queries_that_make_no_sense_are_refused(api: Api, query: str, field: str
         assert document["problems"][0]["field"] == field
 
 
-@pytest.mark.parametrize("cursor", ["x", "AAAA", "!!!!", "é", "A" * 400, "../../etc"])
+@pytest.mark.parametrize("cursor", ["x", "AAAA", "!!!!", "A" * 22 + "!!", "é", "A" * 400, "../../etc"])
 def test_made_up_cursors_are_refused(api: Api, cursor: str) -> None:
     for path in ("/jobs", "/batches"):
         problem_of(api.http.get(path, params={"cursor": cursor}), 422, "invalid-request")

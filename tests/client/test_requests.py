@@ -1,12 +1,14 @@
 """What goes over the wire: bodies, keys, retries, and errors coming back as exceptions."""
 
+import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from types import SimpleNamespace
 
 import pytest
 
 from farm import errors
-from farm.client import Farm
+from farm.client import Farm, transport
 from farm.client.problems import BY_CODE, error_from
 from farm.views import BatchView, JobView
 from tests.client.fake import FakeFarm, Reply, batch_document, job_document, page, problem
@@ -155,3 +157,24 @@ def test_an_id_stays_one_segment_of_the_path(fake: FakeFarm, farm: Farm) -> None
     with pytest.raises(errors.NotFound):
         farm.job("../batches?x")
     assert fake.paths() == ["GET /api/v1/jobs/..%2Fbatches%3Fx"]
+
+
+def test_rows_that_come_slowly_are_sent_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The farm gives up on uploads that stay silent, and a full piece may take a slow producer hours."""
+    now = [0.0]
+    monkeypatch.setattr(transport, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def rows() -> Iterator[str]:
+        for n in range(6):
+            now[0] += 2.0
+            yield str(n)
+
+    async def later() -> AsyncIterator[str]:
+        for row in rows():
+            yield row
+
+    async def gathered() -> list[bytes]:
+        return [piece async for piece in transport.async_chunks(later())]
+
+    for pieces in (list(transport.chunks(rows())), asyncio.run(gathered())):
+        assert [piece.count(b"\n") for piece in pieces] == [3, 3]

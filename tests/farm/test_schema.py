@@ -4,15 +4,17 @@ import uuid
 from typing import Any
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import text
 
-from farm.db import alembic_config, migrate
+from farm.db import Database, alembic_config, migrate
 from farm.errors import SchemaMismatch
 from farm.models import SCHEMA_VERSION, Base
 from farm.queries import claiming
+from farm.settings import Settings
 from tests.farm.conftest import Queue
 
 
@@ -36,6 +38,19 @@ def test_a_newer_or_missing_schema_is_refused(queue: Queue) -> None:
         queue.database.check_schema()
     with pytest.raises(SchemaMismatch, match="newer"):
         migrate(queue.settings)
+
+
+def test_an_older_schema_is_migrated(empty_settings: Settings) -> None:
+    database = Database(empty_settings, pool_size=1)
+    with database.transaction() as conn:
+        config = alembic_config()
+        config.attributes["connection"] = conn
+        command.upgrade(config, "0001")
+    with pytest.raises(SchemaMismatch, match="farm migrate"):
+        database.check_schema()
+    assert migrate(empty_settings) == ("0001", SCHEMA_VERSION)
+    database.check_schema()
+    database.dispose()
 
 
 def plan(queue: Queue, statement: Any, parameters: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """What is refused before anything is stored, and what comes out of what is accepted."""
 
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from io import BytesIO
 from typing import Any
@@ -65,7 +66,9 @@ def refused(plain: Settings, row: Any, **defaults: Any) -> list[dict[str, Any]]:
         ({"prompt": "x", "labels": {"a": 1}}, "labels.a", "string"),
         ({"prompt": "x", "run_at": "2026-01-01T00:00:00"}, "run_at", "timezone"),
         (b"{", "", "not valid JSON"),
-        (b"[1]", "", "one JSON object"),
+        (b"[1]", "", "a JSON object"),
+        (5, "", "a JSON object"),
+        (b'{"prompt": "x", "prompt": "y"}', "", '"prompt" stands twice'),
         (b'{"prompt": "x", "steps": NaN}', "", "not valid JSON"),
     ],
 )
@@ -105,7 +108,27 @@ def test_dry_run_counts_jobs_lanes_and_pipelines(plain: Settings) -> None:
     with submission.prepare(rows, defaults={}, catalogue=catalogue(), settings=plain, name="n", now=NOW) as prepared:
         dry = prepared.dry_run()
     assert (dry.jobs, dry.lanes, dry.pipelines) == (6, 2, 3)
-    assert dry.warnings == ["negative_prompt has no effect at guidance_scale 1"]
+    assert dry.warnings == ["negative_prompt has no effect at guidance_scale 1 or less"]
+
+
+def test_what_is_cut_off_is_said(plain: Settings) -> None:
+    counted = replace(catalogue(), tokens=lambda _, prompt: len(prompt.encode()))
+    long = {"prompt": "\N{GRINNING FACE}" * 19, "negative_prompt": "\N{GRINNING FACE}" * 19, "guidance_scale": 2.0}
+    short = {"prompt": "\N{GRINNING FACE}" * 18, "negative_prompt": "x" * 75, "guidance_scale": 2.0}
+    for row, words in (
+        (long, ["negative_prompt is longer than 77 tokens", "prompt is longer than 77 tokens"]),
+        ({**long, "guidance_scale": 1.0}, ["negative_prompt has no effect", "prompt is longer than 77 tokens"]),
+        (short, []),
+    ):
+        with submission.prepare([row], defaults={}, catalogue=counted, settings=plain, name="n", now=NOW) as prepared:
+            found = prepared.dry_run().warnings
+        assert [text.startswith(start) for text, start in zip(found, words, strict=True)] == [True] * len(words)
+
+
+def test_nobody_gets_ahead_by_a_moment_that_is_past(plain: Settings) -> None:
+    rows = [{"prompt": "x", "run_at": "1999-01-01T00:00:00Z"}, {"prompt": "x", "run_at": "2026-01-01T01:00:00+01:00"}]
+    with submission.prepare(rows, defaults={}, catalogue=catalogue(), settings=plain, name="n", now=NOW) as prepared:
+        assert [segment.head_run_at for segment in prepared.segments.values()] == [NOW]
 
 
 def test_count_makes_jobs_with_rising_seeds(queue: Queue) -> None:
