@@ -22,7 +22,7 @@ NEEDED = {"wall": 0.99, "crack": 0.99, "direction": 0.97}
 """Shares of painted pictures that the analyser must read right before it may judge rendered ones."""
 REACH = 5
 """Pixels from a line to the wall on both sides of it: wider cracks than twice this are not looked for."""
-LINE, DEEP = 0.72, 0.55
+LINE, DEEP = 0.72, 0.47
 """A line is darker than `LINE` of the wall beside it; a tenth of a crack is below `DEEP`, and no wet stain is."""
 LONG = 0.27
 """Shorter lines than this share of the picture's side are pores, stains or joints."""

@@ -237,11 +237,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         pace.expect(way, len(asked))
     bench = Bench(renderer, folder, pace)
     say(f"model {key}, {len(ways)} rows of {len(asked)} pictures: at most {pace.eta}")
+    other = prompts.painted(asked, 1)
     report |= {
         "model": key, "count": len(asked), "seed": options.seed, "guidance": guidance,
         "machine": machine(options.device), "seconds": seconds,
         "features": {"name": eye_name, "size": features.WIDTH, "right": features.accuracy(eye)},
-        "painted": judge(prompts.painted(asked, 1)), "rows": {},
+        "painted": judge(other), "autoencoder": judge(renderer.reconstruct(other)), "rows": {},
     }  # fmt: skip
     for way in ways:
         report["rows"][way.name] = {k: v for k, v in judged(bench, way, judge).items() if k != "judge"}

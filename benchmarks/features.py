@@ -106,11 +106,11 @@ def train(pictures: int = PICTURES, epochs: int = EPOCHS, say: Callable[[str], N
         rng = np.random.default_rng(SEED)
         for epoch in range(epochs):
             total = 0.0
-            for chosen in torch.from_numpy(rng.permutation(pictures)).split(BATCH)[: pictures // BATCH]:
+            for chosen in torch.split(torch.from_numpy(rng.permutation(pictures)), BATCH)[: pictures // BATCH]:
                 guesses = eye(data[chosen])
                 loss = torch.stack([functional.cross_entropy(guesses[k], right[k][chosen]) for k in right]).sum()
                 optimizer.zero_grad()
-                loss.backward()
+                torch.autograd.backward(loss)
                 optimizer.step()
                 schedule.step()
                 total += float(loss.detach())
@@ -124,7 +124,7 @@ def accuracy(eye: Eye, count: int = 300) -> dict[str, float]:
     data, scenes = _painted(count, SEED + 1)
     right = answers(scenes)
     cracked = torch.tensor([scene.cracked for scene in scenes])
-    guesses = [eye(part) for part in data.split(50)]
+    guesses = [eye(part) for part in torch.split(data, 50)]
     shares = {}
     for name, wanted in right.items():
         hits = torch.cat([guess[name].argmax(1) for guess in guesses]) == wanted
@@ -154,7 +154,7 @@ def open_eye(folder: Path, say: Callable[[str], None] = print) -> tuple[Eye, str
 def look(eye: Eye, pictures: Pictures) -> Numbers:
     """Features float64 (n, 64) of pictures uint8 (n, h, w, 3)."""
     with _alone():
-        return torch.cat([eye.features(part) for part in to_tensor(pictures).split(50)]).double().numpy()
+        return torch.cat([eye.features(part) for part in torch.split(to_tensor(pictures), 50)]).double().numpy()
 
 
 def frechet(one: Numbers, other: Numbers) -> float:

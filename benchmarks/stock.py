@@ -86,6 +86,17 @@ class Renderer:
             self._pipes[kind] = pipe.to(self.device)
         return self._pipes[kind]
 
+    @torch.no_grad()
+    def reconstruct(self, pictures: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Pictures (n, h, w, 3) through the autoencoder and back: what the model could draw at best."""
+        vae = self._pipe(Way(True, 4)).vae
+        parts = []
+        for start in range(0, len(pictures), TOGETHER):
+            part = torch.from_numpy(pictures[start : start + TOGETHER]).permute(0, 3, 1, 2).to(self.device)
+            made = vae.decode(vae.encode(part.float() / 127.5 - 1).latent_dist.mean).sample
+            parts.append(((made.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy())
+        return np.concatenate(parts)
+
     def render(self, texts: Sequence[str], seeds: Sequence[int], way: Way) -> tuple[NDArray[np.uint8], list[float]]:
         """Pictures uint8 (n, h, w, 3) and, for each micro-batch, the seconds one picture of it took.
 
