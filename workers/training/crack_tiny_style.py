@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -142,6 +143,7 @@ def main(arguments: list[str] | None = None) -> int:
         unet = fit(given.model, given.work, settings, minutes=given.minutes, say=partial(print, flush=True))
         notes = {"modelspec.title": f"crack-tiny {NAME}", "modelspec.license": "Apache-2.0"}
         export_lora(out, unet, notes)
+        (given.work / "style-settings.json").write_text(json.dumps(asdict(settings), indent=2) + "\n", "utf-8")
     except TrainingError as error:
         sys.stderr.write(f"training stopped: {error}\n")
         return 1
