@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
+import transformers
 from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionPipeline
 from numpy.typing import NDArray
 
@@ -62,6 +65,10 @@ class Renderer:
 
     def __init__(self, folder: Path, device: str = "cpu") -> None:
         self.folder, self.device = folder, device
+        # Their bars and remarks about parts that are not needed would bury what this program says.
+        for library in (diffusers, transformers):
+            library.utils.logging.set_verbosity_error()
+            library.utils.logging.disable_progress_bar()
         self._pipes: dict[tuple[bool, float], Any] = {}
 
     def _pipe(self, way: Way) -> Any:
@@ -75,7 +82,10 @@ class Renderer:
             if way.style:
                 style = style_of(self.folder)
                 assert style is not None, f"{self.folder} has no style adapter"
-                pipe.load_lora_weights(self.folder, weight_name=style.name, adapter_name="style")
+                with warnings.catch_warnings():
+                    # peft wonders at a second adapter; two at once is what is wanted here.
+                    warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+                    pipe.load_lora_weights(self.folder, weight_name=style.name, adapter_name="style")
                 weights["style"] = way.style
             if weights:
                 pipe.set_adapters(list(weights), list(weights.values()))
