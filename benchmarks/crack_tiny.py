@@ -1,270 +1,282 @@
-"""How well does `crack-tiny` do what a prompt says?
+"""How well does `crack-tiny` do what a prompt says, and what do LCM-LoRA's few steps cost?
 
-    python benchmarks/crack_tiny.py --out benchmarks/out [--count 100] [--model FOLDER]
+    python -m benchmarks.crack_tiny [--out DIR] [--count 500] [--model FOLDER] [--row NAME]... [--device cpu]
 
-An analyser reads wall colour, crack presence and crack direction from pixels alone. It knows
-neither the painter's parameters nor the model; its own scores on painted pictures come first.
-Writes `crack_tiny.json` and two contact sheets.
+An analyser reads walls and cracks from pixels; it is judged on painted pictures first and the program stops if it
+reads them badly. Then 500 pictures for each row of the table, with prompts and seeds that were never trained on, and
+contact sheets. Everything is kept in DIR/MODEL-HASH piece by piece: the same command goes on after a stop, and a
+smaller `--count` is the beginning of a larger one. Needs torch, diffusers, transformers, peft, numpy and Pillow.
+`python -m benchmarks.model_card` turns the report into the model's README.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
+import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from PIL import Image
 
-from farm.painter import paint, sample_scene
+from benchmarks import analyser, features, prompts, sheets
+from benchmarks.prompts import Asked
+from benchmarks.stock import TOGETHER, Renderer, Way, model_key, style_of
+from benchmarks.verdicts import verdicts
 
-DEMO = (
-    "A single split crack on a concrete wall",
-    "Sunlight shining on an outdoor concrete wall with split cracks",
-    "Vertically split cracks on an old yellow painted concrete wall",
-    "Water draining down next to a cracked concrete wall",
-)
 MODEL = Path(__file__).parent.parent / "farm" / "assets" / "crack-tiny"
-Picture = NDArray[np.uint8]
-Plane = NDArray[np.float64]
+PIECE = 32
+"""Pictures rendered between two savings."""
+SEED = 70_000
+ON_SHEET = 64
+STYLES = (0.0, 0.5, 1.0)
+Pictures = NDArray[np.uint8]
 
 
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """What the analyser reads: `direction` is "none" where it sees no crack."""
-
-    wall: str
-    direction: str
-
-
-def read_wall(picture: Picture) -> str:
-    """The wall by the colour of its better lit half."""
-    rgb = picture.reshape(-1, 3) / 255.0
-    bright = rgb.sum(axis=1)
-    lit = rgb[(bright >= np.quantile(bright, 0.5)) & (bright <= np.quantile(bright, 0.97))]
-    red, green, blue = np.median(lit, axis=0)
-    top, low = max(red, green, blue), min(red, green, blue)
-    vivid = (top - low) / max(top, 1e-6)
-    # Share of clearly red pixels: mortar would hide the bricks from a median.
-    reddish = float(np.mean((rgb[:, 0] > 1.45 * rgb[:, 1]) & (rgb[:, 0] > 1.5 * rgb[:, 2])))
-    if reddish > 0.35:
-        return "brick"
-    if vivid > 0.28 and blue == top:
-        return "blue"
-    if vivid > 0.42 and blue == low and green > 0.6 * red:
-        return "yellow"
-    # White under a blue sky is darker than grey in the sun; the cast tells which light it is.
-    cast = blue / max(red, 1e-6)
-    limit = 0.47 if cast > 1.1 else 0.93 if cast < 0.9 else 0.77
-    return "white" if top > limit else "concrete"
+def table(guidance: float) -> list[Way]:
+    """Every row, the cheapest first. `guidance` is what the model's profile recommends without LCM-LoRA."""
+    ways = [Way(True, steps) for steps in (1, 2, 4, 8)]
+    ways += [Way(False, steps, scale) for steps in (2, 4, 8, 25, 50) for scale in (1.0, guidance)]
+    return sorted(ways, key=lambda way: (way.passes, not way.lcm))
 
 
-def _smooth(plane: Plane) -> Plane:
-    padded = np.pad(plane, 1, mode="edge")
-    h, w = plane.shape
-    parts = [padded[y : y + h, x : x + w] for y in range(3) for x in range(3)]
-    return np.asarray(np.mean(parts, axis=0))
+@dataclass
+class Pace:
+    """How long pictures take: seconds for a UNet pass and for everything else, eight pictures together."""
+
+    each_pass: float
+    rest: float
+    left: dict[str, float] = field(default_factory=dict)
+
+    def expect(self, way: Way, pictures: int) -> None:
+        self.left[way.name] = pictures * (way.passes * self.each_pass + self.rest)
+
+    def done(self, way: Way, pictures: int, seconds: float) -> None:
+        """Correct what is expected by what was found."""
+        ratio = seconds / (pictures * (way.passes * self.each_pass + self.rest))
+        self.each_pass *= 0.7 + 0.3 * ratio
+        self.rest *= 0.7 + 0.3 * ratio
+        for name in self.left:
+            self.left[name] *= 0.7 + 0.3 * ratio
+
+    @property
+    def eta(self) -> str:
+        minutes = sum(self.left.values()) / 60
+        return f"{minutes:.0f} min left" if minutes >= 1 else "less than a minute left"
 
 
-def dark_lines(picture: Picture, reach: int = 5, ratio: float = 0.72) -> NDArray[np.bool_]:
-    """Pixels much darker than the wall on both of two opposite sides, in any of four directions."""
-    grey = picture.astype(np.float64).mean(axis=2) + 4.0
-    wide = np.pad(_smooth(grey), reach, mode="reflect")
-    h, w = grey.shape
+@dataclass
+class Bench:
+    """One model, one list of prompts, and the folder where their pictures are kept."""
 
-    def moved(y: int, x: int) -> Plane:
-        return np.asarray(wide[reach + y : reach + y + h, reach + x : reach + x + w])
+    renderer: Renderer
+    folder: Path
+    pace: Pace
 
-    found = np.zeros((h, w), bool)
-    slant = max(round(reach * 0.7), 1)
-    for y, x in ((0, reach), (reach, 0), (slant, slant), (slant, -slant)):
-        found |= grey < ratio * np.minimum(moved(y, x), moved(-y, -x))
-    return found
+    def pictures(self, way: Way, asked: list[Asked], series: str) -> tuple[Pictures, float]:
+        """The pictures of a row, rendered where they are not there yet, and median seconds a picture."""
+        parts, took = [], []
+        for start in range(0, len(asked), PIECE):
+            part = asked[start : start + PIECE]
+            made, seconds, fresh = self._piece(way, part, self.folder / series / way.name / f"{start:05}.npz")
+            parts.append(made)
+            took += seconds
+            self.pace.expect(way, len(asked) - start - len(part))
+            if fresh:
+                self.pace.done(way, len(part), fresh)
+                done = f"{start + len(part)}/{len(asked)}"
+                say(f"{way.name}: {done} pictures, {fresh / len(part):.2f} s each; {self.pace.eta}")
+        self.pace.left.pop(way.name, None)
+        return np.concatenate(parts), float(np.median(took))
 
-
-def components(mask: NDArray[np.bool_]) -> list[NDArray[np.int64]]:
-    """Groups of touching pixels (a gap of one pixel still touches), largest first."""
-    left = {(int(y), int(x)) for y, x in zip(*np.nonzero(mask), strict=True)}
-    near = [(y, x) for y in range(-2, 3) for x in range(-2, 3)]
-    groups = []
-    while left:
-        stack = [left.pop()]
-        group = list(stack)
-        while stack:
-            y, x = stack.pop()
-            for dy, dx in near:
-                place = (y + dy, x + dx)
-                if place in left:
-                    left.remove(place)
-                    stack.append(place)
-                    group.append(place)
-        groups.append(np.array(group))
-    return sorted(groups, key=len, reverse=True)
-
-
-def read_direction(picture: Picture) -> str:
-    """The direction of the long dark lines together, or "none" if no line is long."""
-    side = min(picture.shape[:2])
-    turn, total = 0j, 0.0
-    for group in components(dark_lines(picture)):
-        spread = np.ptp(group, axis=0)
-        length = float(np.hypot(*spread))
-        if length < 0.27 * side or len(group) > 0.25 * length * side:
-            continue
-        _, values, axes = np.linalg.svd(group - group.mean(axis=0), full_matrices=False)
-        if values[1] > 0.75 * values[0]:
-            continue
-        along = complex(axes[0][1], axes[0][0])
-        # Doubling the angle makes opposite headings equal.
-        turn += length**2 * (along / abs(along)) ** 2
-        total += length**2
-    if total == 0.0:
-        return "none"
-    angle = abs(np.degrees(np.angle(turn)) / 2)
-    return "horizontal" if angle < 22.5 else "vertical" if angle > 67.5 else "diagonal"
+    def _piece(self, way: Way, asked: list[Asked], path: Path) -> tuple[Pictures, list[float], float]:
+        wanted = prompts.digest(asked)
+        if path.exists():
+            with np.load(path) as kept:
+                if str(kept["prompts"]) == wanted:
+                    return kept["pictures"], list(kept["seconds"]), 0.0
+        started = time.perf_counter()
+        made, seconds = self.renderer.render([one.text for one in asked], [one.seed for one in asked], way)
+        fresh = time.perf_counter() - started
+        path.parent.mkdir(parents=True, exist_ok=True)
+        half = path.with_suffix(".part.npz")
+        np.savez_compressed(half, pictures=made, seconds=seconds, prompts=wanted)
+        half.replace(path)
+        return made, seconds, fresh
 
 
-def read(picture: Picture) -> Seen:
-    """Everything the analyser can say about a picture (uint8, height, width, 3)."""
-    return Seen(read_wall(picture), read_direction(picture))
+@dataclass
+class Judge:
+    """Everything that is measured on a set of pictures, against painted pictures of the same scenes."""
+
+    eye: features.Eye
+    asked: list[Asked]
+    painted: Pictures
+    name: str
+
+    def __post_init__(self) -> None:
+        self.seen = features.look(self.eye, self.painted)
+        self.sharp = features.sharpness(self.painted)
+
+    def __call__(self, pictures: Pictures) -> dict[str, Any]:
+        scenes = [one.scene for one in self.asked]
+        return {
+            **analyser.rates([analyser.read(one) for one in pictures], scenes),
+            "distance": features.distance(features.look(self.eye, pictures), self.seen),
+            "sharpness": round(features.sharpness(pictures) / self.sharp, 3),
+        }
 
 
-def rates(seen: list[Seen], meant: list[Seen]) -> dict[str, float]:
-    """Shares read as meant: wall, crack present or absent, direction of cracks that were meant."""
-    pairs = list(zip(seen, meant, strict=True))
-    turned = [(s, m) for s, m in pairs if m.direction != "none"]
-    return {
-        "wall": round(float(np.mean([s.wall == m.wall for s, m in pairs])), 3),
-        "crack": round(float(np.mean([(s.direction == "none") == (m.direction == "none") for s, m in pairs])), 3),
-        "direction": round(float(np.mean([s.direction == m.direction for s, m in turned])), 3),
+def judged(bench: Bench, way: Way, judge: Judge) -> dict[str, Any]:
+    """One row of the table, kept as JSON as long as model, prompts and judges stay the same."""
+    path = bench.folder / "rows" / f"{way.name}-{len(judge.asked)}.json"
+    if path.exists():
+        row: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        if row["judge"] == judge.name:
+            bench.pace.left.pop(way.name, None)
+            return row
+    pictures, seconds = bench.pictures(way, judge.asked, "table")
+    row = {
+        "lcm": way.lcm, "steps": way.steps, "guidance": way.guidance, "passes": way.passes,
+        "seconds": round(seconds, 4), **judge(pictures), "judge": judge.name,
+    }  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(row, indent=2) + "\n", "utf-8")
+    return row
+
+
+def judge_name(asked: list[Asked], eye: str) -> str:
+    """What a kept row depends on beside the model: judges, prompts, feature space."""
+    source = Path(analyser.__file__).read_bytes()
+    return f"{sha256(source).hexdigest()[:8]}-{prompts.digest(asked)[:8]}-{eye}"
+
+
+def timing(renderer: Renderer, asked: list[Asked], rounds: int = 5) -> tuple[dict[str, float], Pace]:
+    """Median seconds of one picture alone and of each of eight together, measured in turns after a warm-up."""
+    texts, seeds = [one.text for one in asked], [one.seed for one in asked]
+    took: dict[str, list[float]] = {"alone": [], "together": [], "one step": []}
+    for number in range(rounds + 1):
+        found = {
+            "alone": renderer.render(texts[:1], seeds[:1], Way(True, 4))[1],
+            "together": renderer.render(texts[:TOGETHER], seeds[:TOGETHER], Way(True, 4))[1],
+            "one step": renderer.render(texts[:TOGETHER], seeds[:TOGETHER], Way(True, 1))[1],
+        }
+        for name, seconds in found.items():
+            took[name] += seconds if number else []
+    median = {name: float(np.median(seconds)) for name, seconds in took.items()}
+    each = max((median["together"] - median["one step"]) / 3, 1e-4)
+    pace = Pace(each, max(median["one step"] - each, 1e-4))
+    return {"alone": round(median["alone"], 4), "together": round(median["together"], 4)}, pace
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Where the figures come from."""
+    names = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
+    found: dict[str, Any] = {
+        "processor": names[0] if names else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 1),
+        "device": torch.cuda.get_device_name() if device == "cuda" else device,
+        "python": platform.python_version(),
     }
+    return found | {name: version(name) for name in ("torch", "diffusers", "transformers", "peft", "numpy", "pillow")}
 
 
-def prompts(count: int, seed: int) -> list[tuple[str, Seen]]:
-    """Prompts in words of this benchmark, with what they mean; one in eight asks for no crack."""
-    rng = np.random.default_rng(seed)
-    walls = {
-        "concrete": "grey concrete wall",
-        "yellow": "yellow painted wall",
-        "white": "white painted wall",
-        "brick": "red brick wall",
-        "blue": "blue painted wall",
-    }
-    made = []
-    for i in range(count):
-        wall = list(walls)[i % 5]
-        light = ("", "", " in sunlight", " in the shade")[int(rng.integers(4))]
-        if i % 8 == 7:
-            made.append((f"A {walls[wall]} without cracks{light}", Seen(wall, "none")))
-            continue
-        way = ("vertical", "horizontal", "diagonal")[int(rng.integers(3))]
-        width = ("wide", "thin")[int(rng.integers(2))]
-        form = ("crack", "split crack", "branching crack")[int(rng.integers(3))]
-        made.append((f"A {width} {way} {form} on a {walls[wall]}{light}", Seen(wall, way)))
-    return made
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text("utf-8").splitlines() if path.exists() else []
 
 
-def painted_scores(count: int, seed: int = 99) -> dict[str, float]:
-    """The analyser's own scores, on painted pictures with thin or wide cracks."""
-    rng = np.random.default_rng(seed)
-    seen, meant = [], []
-    while len(seen) < count:
-        scene = sample_scene(rng)
-        if scene.width != "hairline":
-            seen.append(read(paint(scene, 128, 128, 5_000_000 + len(seen)).picture))
-            meant.append(Seen(scene.wall, scene.direction))
-    return rates(seen, meant)
+def draw_sheets(bench: Bench, out: Path, ways: list[Way], asked: list[Asked]) -> None:
+    """Sheets to look at: random prompts and the demo's sentences by style weight; the same prompts by row."""
+    style = style_of(bench.renderer.folder)
+    mark = sha256(style.read_bytes()).hexdigest()[:8] if style else ""
+    demo = [Asked(text, asked[0].scene, 1 + k) for text in prompts.DEMO for k in range(8)]
+    rows = []
+    for weight in STYLES if style else STYLES[:1]:
+        way = Way(True, 4, style=weight)
+        made, _ = bench.pictures(way, asked[:ON_SHEET], f"style-{mark}" if weight else "table")
+        sheets.grid(made, out / f"crack_tiny_prompts{f'_style_{weight:g}' if weight else ''}.png")
+        made, _ = bench.pictures(way, demo, f"demo-{mark}")
+        rows += [(made[at : at + 8], f"style {weight:g}" if at == 0 else "") for at in range(0, len(made), 8)]
+    sheets.labelled(rows, out / "crack_tiny_demo.png")
+    steps = [(bench.pictures(way, asked[:PIECE], "table")[0][:8], f"{way.name}, {way.passes} passes") for way in ways]
+    sheets.labelled(steps, out / "crack_tiny_steps.png")
+    texts = [f"{k // 8 + 1}.{k % 8 + 1} {one.text}" for k, one in enumerate(asked[:ON_SHEET])]
+    (out / "crack_tiny_prompts.txt").write_text("\n".join(texts) + "\n", "utf-8")
 
 
-class Renderer:
-    """The model as stock diffusers runs it, with or without its LCM-LoRA."""
-
-    def __init__(self, folder: Path) -> None:
-        import torch
-        from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionPipeline
-
-        self._torch = torch
-        self._pipe = StableDiffusionPipeline.from_pretrained(folder)
-        self._pipe.set_progress_bar_config(disable=True)
-        self._pipe.load_lora_weights(folder, weight_name="lcm-lora.safetensors")
-        self._teacher = DDIMScheduler.from_config(self._pipe.scheduler.config)
-        self._fast = LCMScheduler.from_config(self._pipe.scheduler.config)
-
-    def render(
-        self, texts: list[str], *, lcm: bool, steps: int, guidance: float, seed: int
-    ) -> tuple[list[Picture], float]:
-        """Pictures and seconds per picture; each picture has a generator of its own."""
-        pipe = self._pipe
-        pipe.scheduler = self._fast if lcm else self._teacher
-        (pipe.enable_lora if lcm else pipe.disable_lora)()
-        pictures: list[Picture] = []
-        started = time.monotonic()
-        for at in range(0, len(texts), 8):
-            part = texts[at : at + 8]
-            seeds = [self._torch.Generator().manual_seed(seed + at + k) for k in range(len(part))]
-            made = pipe(
-                part,
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                generator=seeds,
-                output_type="np",
-            ).images
-            pictures.extend((made * 255).round().astype(np.uint8))
-        return pictures, (time.monotonic() - started) / len(texts)
+def say(text: str) -> None:
+    print(text, flush=True)
 
 
-def sheet(pictures: list[Picture], path: Path, columns: int = 8) -> None:
-    """A contact sheet as PNG."""
-    blank = np.zeros_like(pictures[0])
-    pictures = pictures + [blank] * (-len(pictures) % columns)
-    rows = [np.concatenate(pictures[i : i + columns], 1) for i in range(0, len(pictures), columns)]
-    Image.fromarray(np.concatenate(rows)).save(path)
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """The whole report; raises WeakAnalyser before anything is rendered."""
+    report: dict[str, Any] = {"analyser": {"count": 500, **analyser.check(500)}}
+    say(f"analyser on 500 painted pictures: {report['analyser']}")
+    key = model_key(options.model)
+    folder = options.out / f"{key}-{options.seed}"
+    asked = prompts.prompts(options.count, options.seed)
+    eye, eye_name = features.open_eye(options.out, say)
+    judge = Judge(eye, asked, prompts.painted(asked, 0), judge_name(asked, eye_name))
+    profile = json.loads((options.model / "profile.json").read_text("utf-8"))
+    guidance = float(profile["teacher_guidance_scale"])
+    ways = [way for way in table(guidance) if not options.row or way.name in options.row]
+    renderer = Renderer(options.model, options.device)
+    seconds, pace = timing(renderer, asked)
+    for way in ways:
+        pace.expect(way, len(asked))
+    bench = Bench(renderer, folder, pace)
+    say(f"model {key}, {len(ways)} rows of {len(asked)} pictures: at most {pace.eta}")
+    other = prompts.painted(asked, 1)
+    report |= {
+        "model": key, "count": len(asked), "seed": options.seed, "guidance": guidance,
+        "machine": machine(options.device), "seconds": seconds,
+        "features": {"name": eye_name, "size": features.WIDTH, "right": features.accuracy(eye)},
+        "painted": judge(other), "autoencoder": judge(renderer.reconstruct(other)), "rows": {},
+    }  # fmt: skip
+    for way in ways:
+        report["rows"][way.name] = {k: v for k, v in judged(bench, way, judge).items() if k != "judge"}
+        say(f"{way.name}: {report['rows'][way.name]}")
+        report["verdicts"] = verdicts(report)
+        (options.out / "crack_tiny.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+    draw_sheets(bench, options.out, ways, prompts.prompts(max(options.count, ON_SHEET), options.seed))
+    return report
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
+def main(arguments: list[str] | None = None) -> int:
+    """0 when every figure promised is reached, 1 when one is not, 2 when the analyser may not judge."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.crack_tiny")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out"))
     parser.add_argument("--model", type=Path, default=MODEL)
-    parser.add_argument("--count", type=int, default=96)
-    parser.add_argument("--seed", type=int, default=70_000)
-    parser.add_argument("--short", action="store_true", help="only LCM-LoRA at 4 steps")
-    options = parser.parse_args()
+    parser.add_argument("--count", type=int, default=500, help="pictures in a row, 8 or more")
+    parser.add_argument("--seed", type=int, default=SEED, help="of prompts and pictures")
+    parser.add_argument("--row", action="append", default=[], choices=[way.name for way in table(3.0)])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args(arguments)
+    if options.count < TOGETHER:
+        parser.error(f"--count must be at least {TOGETHER}, not {options.count}")
+    torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
-    report: dict[str, Any] = {"analyser on painted pictures": painted_scores(500)}
-    print("analyser", report["analyser on painted pictures"], flush=True)
-    asked = prompts(options.count, options.seed)
-    texts, meant = [t for t, _ in asked], [m for _, m in asked]
-    renderer = Renderer(options.model)
-    runs = [(True, 4, 1.0)]
-    if not options.short:
-        runs += [(True, n, 1.0) for n in (1, 2, 8)]
-        runs += [(False, 2, 3.0), (False, 4, 1.0), (False, 4, 3.0), (False, 25, 3.0)]
-    for lcm, steps, guidance in runs:
-        name = f"{'LCM-LoRA' if lcm else 'DDIM'} {steps} steps, guidance {guidance:g}"
-        made, seconds = renderer.render(texts, lcm=lcm, steps=steps, guidance=guidance, seed=options.seed)
-        scores = rates([read(p) for p in made], meant)
-        report[name] = {
-            **scores,
-            "passes": steps * (2 if guidance > 1 else 1),
-            "seconds": round(seconds, 3),
-        }
-        print(name, report[name], flush=True)
-        if lcm and steps == 4:
-            sheet(made[:64], options.out / "crack_tiny_prompts.png")
-    demo = [t for t in DEMO for _ in range(8)]
-    made, _ = renderer.render(demo, lcm=True, steps=4, guidance=1.0, seed=1)
-    sheet(made, options.out / "crack_tiny_demo.png")
-    alone = [renderer.render(list(DEMO[:1]), lcm=True, steps=4, guidance=1.0, seed=1)[1] for _ in range(5)]
-    eight = [renderer.render(demo[:8], lcm=True, steps=4, guidance=1.0, seed=1)[1] for _ in range(3)]
-    report["seconds, one alone"] = round(float(np.median(alone)), 3)
-    report["seconds each, eight together"] = round(float(np.median(eight)), 3)
-    print(report["seconds, one alone"], report["seconds each, eight together"])
-    (options.out / "crack_tiny.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+    try:
+        report = run(options)
+    except analyser.WeakAnalyser as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    for line in report["verdicts"]:
+        say(f"{'yes' if line['reached'] else 'NO '}  {line['promise']}: {line['found']}")
+    return 0 if all(line["reached"] for line in report["verdicts"]) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

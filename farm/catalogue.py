@@ -260,16 +260,21 @@ def remove(conn: Connection, name: str) -> None:
 
 
 def install_default(conn: Connection, store: ObjectStore) -> None:
-    """Register the model that comes with the package, unless it is there already."""
-    wanted = read_checkpoint(ASSETS)
+    """Register the model that comes with the package, its LCM-LoRA and its styles, unless they are there already.
+
+    `style-night.safetensors` beside the model becomes the style adapter `crack-tiny-night`.
+    """
+    base = read_checkpoint(ASSETS)
+    wanted = [(DEFAULT_CHECKPOINT, "checkpoint", base)]
+    files = [(DEFAULT_ACCELERATION, "acceleration", ASSETS / "lcm-lora.safetensors")]
+    styles = sorted(ASSETS.glob("style-*.safetensors"))
+    files += [(f"{DEFAULT_CHECKPOINT}-{path.stem.removeprefix('style-')}", "style", path) for path in styles]
+    wanted += [(name, kind, read_adapter(path).of_family(base.family)) for name, kind, path in files]
     present = {row["name"]: row["hash"] for row in rows.every(conn, ["checkpoint", "acceleration", "style"])}
-    if present.get(DEFAULT_CHECKPOINT) != wanted.hash:
-        rows.remove(conn, DEFAULT_CHECKPOINT)
-        _add(conn, store, DEFAULT_CHECKPOINT, "checkpoint", wanted)
-    lora = read_adapter(ASSETS / "lcm-lora.safetensors").of_family(wanted.family)
-    if present.get(DEFAULT_ACCELERATION) != lora.hash:
-        rows.remove(conn, DEFAULT_ACCELERATION)
-        _add(conn, store, DEFAULT_ACCELERATION, "acceleration", lora)
+    for name, kind, found in wanted:
+        if present.get(name) != found.hash:
+            rows.remove(conn, name)
+            _add(conn, store, name, kind, found)
 
 
 def _add(conn: Connection, store: ObjectStore, name: str, kind: str, found: FoundModel) -> Mapping[str, Any]:

@@ -59,11 +59,12 @@ def demo(
     begun = time.monotonic()
     with own_farm(data_dir / "demo", stages.stage) as occasion:
         done, saved = _render(occasion, out, stages)
+        styles = [one.name for one in occasion.farm.adapters() if one.kind == "style"]
     sheet = out / SHEET
     with stages.stage("draw the contact sheet"), waiting("drawing the contact sheet"):
         draw([(Image.open(each.path), each.job.prompt) for each in saved]).save(sheet)
     stages.took["all together"] = time.monotonic() - begun
-    _tell(saved, sheet, stages)
+    _tell(saved, sheet, stages, styles)
     if done.counts.succeeded < done.total:
         raise typer.Exit(Exit.FAILED)
 
@@ -86,7 +87,7 @@ def _render(occasion: Occasion, out: Path, stages: Stages) -> "tuple[BatchView, 
     return done, saved
 
 
-def _tell(saved: "list[Saved]", sheet: Path, stages: Stages) -> None:
+def _tell(saved: "list[Saved]", sheet: Path, stages: Stages, styles: list[str]) -> None:
     typer.echo("")
     for each in saved:
         typer.echo(f"{each.path}  {each.job.prompt}")
@@ -95,4 +96,6 @@ def _tell(saved: "list[Saved]", sheet: Path, stages: Stages) -> None:
     typer.echo("How to go on:")
     typer.echo("  farm up                          a farm that keeps running, until Ctrl-C")
     typer.echo('  farm render "A wet brick wall"   one picture more')
+    for name in styles:
+        typer.echo(f'  farm render "A wet brick wall" --adapter {name}:0.8   the same in the style of {name}')
     typer.echo("  farm submit jobs.csv --watch     many; farm --help has the rest")

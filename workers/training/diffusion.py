@@ -150,6 +150,42 @@ def batch_of(
     return data.contiguous(memory_format=torch.channels_last), texts
 
 
+def denoising_loss(
+    unet: UNet2DConditionModel,
+    clean: Tensor,
+    states: Tensor,
+    alphas: Tensor,
+    *,
+    kind: str = "v_prediction",
+    bf16: bool = True,
+) -> Tensor:
+    """How badly a UNet takes new noise out of `clean` (n, c, h, w), told the words `states` (n, 77, width).
+
+    `alphas` (1000,) is the schedule's cumulative product, `kind` what the UNet predicts: v_prediction or epsilon.
+    """
+    noise = torch.randn_like(clean)
+    # One timestep from each slice of the range: the loss jumps less from step to step.
+    slices = (torch.arange(len(clean)) + torch.rand(len(clean))) / len(clean)
+    times = (slices * 1000).long().clamp(0, 999)
+    alpha = alphas[times].view(-1, 1, 1, 1)
+    signal, sigma = alpha.sqrt(), (1 - alpha).sqrt()
+    noisy = signal * clean + sigma * noise
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        guess = unet(noisy, times, encoder_hidden_states=states).sample
+    # Min-SNR (Hang et al. 2023): nearly clean latents teach little and would drown the rest.
+    certainty = 1 / (1 - alpha).clamp(min=1e-4)
+    if kind == "v_prediction":
+        off = guess.float() - (signal * noise - sigma * clean)
+    elif kind == "epsilon":
+        off = guess.float() - noise
+        certainty = (alpha * certainty).clamp(min=1e-4)
+    else:
+        raise TrainingError(f"prediction_type {kind!r} cannot be trained; epsilon and v_prediction can")
+    weight = (certainty.clamp(max=5.0) / certainty).view(-1)
+    total: Tensor = (off.square().mean((1, 2, 3)) * weight).mean()
+    return total
+
+
 def learn_words(
     text: CLIPTextModel,
     meanings: Meanings,
@@ -212,23 +248,9 @@ def fit(
     def step(_: int, rng: np.random.Generator) -> Tensor:
         clean, texts = batch_of(latents, words, batch, rng)
         texts = ["" if rng.random() < drop else t for t in texts]
-        noise = torch.randn_like(clean)
-        # One timestep from each slice of the range: the loss jumps less from step to step.
-        slices = (torch.arange(batch) + torch.rand(batch)) / batch
-        times = (slices * 1000).long().clamp(0, 999)
-        alpha = alphas[times].view(-1, 1, 1, 1)
-        signal, sigma = alpha.sqrt(), (1 - alpha).sqrt()
-        noisy = signal * clean + sigma * noise
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             states = text(token_ids(tokenizer, texts)).last_hidden_state
-            guess = unet(noisy, times, encoder_hidden_states=states).sample
-        off = guess.float() - (signal * noise - sigma * clean)
-        # Min-SNR (Hang et al. 2023) for velocity: nearly clean latents teach little and would drown the rest.
-        certainty = 1 / (1 - alpha).clamp(min=1e-4)
-        weight = (certainty.clamp(max=5.0) / certainty).view(-1)
-        each = off.square().mean((1, 2, 3))
-        total: Tensor = (each * weight).mean()
-        return total
+        return denoising_loss(unet, clean, states, alphas, bf16=bf16)
 
     modules: dict[str, nn.Module] = {"unet": unet, "text": text}
     train(step, modules, plan, checkpoint, averages=averages, say=say)

@@ -1,0 +1,52 @@
+"""The analyser on painted pictures: what it sees, what it does not take for a crack, and that it stops when weak."""
+
+import numpy as np
+import pytest
+
+from benchmarks import analyser
+from benchmarks.analyser import Seen
+from farm.painter import Scene, paint
+from farm.painter.scene import DIRECTIONS, WALLS, WIDTHS
+
+
+def test_it_reads_painted_pictures_as_well_as_it_must() -> None:
+    found = analyser.check(count=100)
+    assert all((found[name] or 0) >= least for name, least in analyser.NEEDED.items())
+    assert found == analyser.check(count=100), "the same pictures, the same figures"
+
+
+@pytest.mark.parametrize("wall", WALLS)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_each_wall_with_each_direction(wall: str, direction: str) -> None:
+    for seed, width in enumerate(WIDTHS):
+        picture = paint(Scene(wall=wall, direction=direction, width=width), 128, 128, seed).picture
+        assert analyser.read(picture) == Seen(wall, direction)
+
+
+def test_running_water_is_no_crack() -> None:
+    scenes = [Scene(wall=wall, direction="none", water=True) for wall in WALLS] * 3
+    seen = [analyser.read_direction(paint(one, 128, 128, seed).picture) for seed, one in enumerate(scenes)]
+    assert seen.count("none") >= len(scenes) - 1
+
+
+def test_lines_are_read_from_any_picture() -> None:
+    """It has not learned the painter's strokes: a drawn line is a crack, a flat wall is none."""
+    wall = np.full((96, 96, 3), 150, np.uint8)
+    assert analyser.read(wall) == Seen("concrete", "none")
+    wall[:, 50:52] = 20
+    assert analyser.read_direction(wall) == "vertical"
+    assert analyser.read_direction(wall.transpose(1, 0, 2)) == "horizontal"
+
+
+def test_rates_count_what_was_meant() -> None:
+    meant = [Scene("blue", "none"), Scene("blue", "vertical", "hairline"), Scene("brick", "diagonal", "wide")]
+    seen = [Seen("blue", "vertical"), Seen("white", "none"), Seen("brick", "diagonal")]
+    found = analyser.rates(seen, meant)
+    assert found == {"wall": 0.6667, "crack": 0.3333, "direction": 0.5, "hairlines": 0.0}
+    assert analyser.rates(seen[:1], meant[:1])["direction"] is None
+
+
+def test_a_weak_analyser_stops_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(analyser, "read_wall", lambda _: "concrete")
+    with pytest.raises(analyser.WeakAnalyser, match=r"wall 0\.\d+, needed 0\.99"):
+        analyser.check(count=20)

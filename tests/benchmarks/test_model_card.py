@@ -1,0 +1,111 @@
+"""The model card: figures from a report, the recipe from settings and logs, and nothing for another model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from benchmarks import model_card
+from benchmarks.crack_tiny import table
+from benchmarks.stock import model_key
+from benchmarks.training_record import BadRecord, read_logs, record
+from benchmarks.verdicts import verdicts
+from workers.training.crack_tiny import PROFILE, Settings
+
+LOG = """[transformers] something else
+autoencoder 50/100 loss 0.5000 0.720 s/step 0.6 min left
+autoencoder 100/100 loss 0.4000 0.720 s/step 0.0 min left
+base 250/300 loss 0.1000 1.440 s/step 1.2 min left
+base 300/300 loss 0.0900 1.440 s/step 0.0 min left
+style-night-0a1b 25/25 loss 0.0300 3.600 s/step 0.0 min left
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A model folder as far as the card looks at it."""
+    model = tmp_path / "model"
+    (model / "unet").mkdir(parents=True)
+    weights = {"w": np.zeros((1000, 70), np.float16)}
+    for name in ("unet/diffusion_pytorch_model", "lcm-lora", "style-night"):
+        save_file(weights, model / f"{name}.safetensors")
+    (model / "profile.json").write_text(json.dumps(PROFILE))
+    return model
+
+
+def report(folder: Path) -> dict[str, Any]:
+    row = {"wall": 0.98, "crack": 0.97, "direction": 0.96, "hairlines": None, "distance": 1.25, "sharpness": 0.912}
+    rows = {
+        way.name: {**row, "lcm": way.lcm, "steps": way.steps, "guidance": way.guidance, "passes": way.passes,
+                   "seconds": 0.1 * way.passes}
+        for way in table(3.0)
+    }  # fmt: skip
+    made = {
+        "analyser": {"count": 500, "wall": 0.996, "crack": 0.994, "direction": 0.99, "hairlines": 0.98},
+        "model": model_key(folder), "count": 500, "seed": 1, "guidance": 3.0,
+        "machine": {"processor": "a toy", "threads": 2, "device": "cpu", "load": 0.1, "torch": "2", "diffusers": "0"},
+        "seconds": {"alone": 0.42, "together": 0.2},
+        "features": {"name": "x", "size": 64, "right": {"wall": 0.99, "direction": 0.95}},
+        "painted": row, "autoencoder": row, "rows": rows,
+    }  # fmt: skip
+    return {**made, "verdicts": verdicts(made)}
+
+
+def files(tmp_path: Path) -> tuple[Path, Path]:
+    settings = {**{name: getattr(Settings(), name) for name in Settings.__slots__}, "autoencoder_steps": 100}
+    (tmp_path / "settings.json").write_text(json.dumps({**settings, "base_steps": 400}))
+    (tmp_path / "train.log").write_text(LOG)
+    return tmp_path / "settings.json", tmp_path / "train.log"
+
+
+def test_logs_tell_steps_losses_and_hours(tmp_path: Path) -> None:
+    _, log = files(tmp_path)
+    found = read_logs([log])
+    assert found["autoencoder"] == {"steps": 100, "of": 100, "loss": 0.4, "hours": 0.02}
+    assert found["base"] == {"steps": 300, "of": 300, "loss": 0.09, "hours": 0.04}, "a resumed run: one lap each line"
+    assert found["style"]["hours"] == 0.025
+    assert read_logs([log, log])["base"]["hours"] == 0.08, "work done twice took its time twice"
+
+
+def test_the_card_says_what_was_measured(folder: Path, tmp_path: Path) -> None:
+    settings, log = files(tmp_path)
+    text = model_card.card(report(folder), record(settings, [log], "two toy cores", None, ["Smells of paint."]), folder)
+    lines = text.splitlines()
+    assert "| autoencoder | 100 | 16 crops of 64x64, then 4 whole pictures | 0.001 | 0.400 | 0.02 |" in lines
+    assert "| base | 300 | 16 | 0.0007 | 0.090 | 0.04 |" in lines, "what was done, where it is less than planned"
+    assert "| LCM-LoRA, 4 steps | 4 | 0.980 | 0.970 | 0.960 | - | 1.25 | 0.91 | 0.40 |" in lines
+    assert "| DDIM, guidance 3, 50 steps | 100 | 0.980 | 0.970 | 0.960 | - | 1.25 | 0.91 | 10.00 |" in lines
+    assert "| unet/diffusion_pytorch_model.safetensors | 0.07 M | F16, 0.1 MB |" in lines
+    assert "- Smells of paint." in lines
+    assert sum(line.startswith("- **not reached**: 4 UNet passes") for line in lines) == 2
+    assert sum(line.startswith("- Not reached: 4 UNet passes") for line in lines) == 2
+    assert "`style-night.safetensors` is a style adapter" in text
+    assert "One picture alone in 4 LCM-LoRA steps: 0.420 s; each of eight together: 0.200 s." in lines
+    assert "{" not in text.replace("{'", "")
+
+
+def test_a_report_about_another_model_is_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings, log = files(tmp_path)
+    (tmp_path / "report.json").write_text(json.dumps({**report(folder), "model": "0" * 16}))
+    given = ["--settings", str(settings), "--log", str(log), "--hardware", "toy", "--model", str(folder)]
+    assert model_card.main([*given, "--report", str(tmp_path / "report.json")]) == 1
+    assert "the report is about model 0000000000000000" in capsys.readouterr().err
+    (tmp_path / "report.json").write_text(json.dumps(report(folder)))
+    assert model_card.main([*given, "--report", str(tmp_path / "report.json")]) == 0
+    assert (folder / "README.md").read_text().startswith("# crack-tiny\n")
+
+
+def test_wrong_files_are_named(tmp_path: Path) -> None:
+    settings, log = files(tmp_path)
+    with pytest.raises(BadRecord, match=r"gone\.log cannot be read"):
+        record(settings, [tmp_path / "gone.log"], "", None, [])
+    with pytest.raises(BadRecord, match=r"train\.log is not valid JSON"):
+        record(log, [log], "", None, [])
+    (tmp_path / "empty.log").write_text("nothing\n")
+    with pytest.raises(BadRecord, match="no line of a training stage"):
+        record(settings, [tmp_path / "empty.log"], "", None, [])

@@ -1,0 +1,41 @@
+"""The models that come with the package: what is registered at the first start, and again at the next."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from farm import catalogue
+from farm.storage import Store
+from tests.farm.conftest import Queue
+
+
+def test_the_default_model_brings_its_styles(
+    queue: Queue, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assets = tmp_path / "crack-tiny"
+    assets.mkdir()
+    for path in catalogue.ASSETS.iterdir():
+        if not path.name.startswith("style-"):
+            (assets / path.name).symlink_to(path)
+    monkeypatch.setattr(catalogue, "ASSETS", assets)
+    queue.do(catalogue.install_default, store)
+    adapters = {one.name: one for one in queue.do(catalogue.list_adapters)}
+    assert set(adapters) == {"crack-tiny-lcm"}
+    key = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
+    for value in (1.0, 2.0):
+        tensors = {
+            f"{key}.lora_down.weight": np.full((2, 160), value, np.float16),
+            f"{key}.lora_up.weight": np.zeros((192, 2), np.float16),
+        }
+        save_file(tensors, assets / "style-night.safetensors")
+        queue.do(catalogue.install_default, store)
+        found = {one.name: one for one in queue.do(catalogue.list_adapters)}
+        assert found["crack-tiny-lcm"] == adapters["crack-tiny-lcm"], "what is there already stays"
+        night = found["crack-tiny-night"]
+        assert (night.kind, night.family, night.state) == ("style", "crack-tiny", "available")
+        assert night != adapters.get("crack-tiny-night"), "a new file under the same name replaces the old one"
+        queue.do(catalogue.install_default, store)
+        assert {one.name: one for one in queue.do(catalogue.list_adapters)} == found
+        adapters = found

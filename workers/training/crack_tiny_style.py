@@ -1,0 +1,155 @@
+"""The style adapter of `crack-tiny`: night light, a small LoRA on the finished model.
+
+    python -m workers.training.crack_tiny_style --model FOLDER --work DIR [--out FILE]
+
+Paints walls by night, encodes them with the model's own autoencoder, and teaches a LoRA on the frozen UNet to draw
+them; half of the captions do not mention the night, so the adapter's weight alone brings it. Goes on after a stop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import sys
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from farm.painter import Scene, sample_scene
+from farm.painter.night import night_caption, paint_night
+from workers.training import diffusion, distill
+from workers.training.errors import TrainingError
+from workers.training.export import export_lora
+from workers.training.loop import Plan, Say, train
+from workers.training.pool import Pool
+
+NAME = "night"
+SIDE = 128
+PARTS = ("unet", "vae", "text_encoder", "tokenizer")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Everything that fixes the result, apart from the model, library versions and the processor."""
+
+    seed: int = 31
+    pictures: int = 1_500
+    steps: int = 500
+    rate: float = 5e-4
+    batch: int = 16
+    rank: int = 8
+    drop: float = 0.1
+    bf16: bool = True
+
+
+def scenes(settings: Settings) -> list[Scene]:
+    """What is painted by night: scenes as often as by day, drawn with a seed of their own."""
+    rng = np.random.default_rng((settings.seed, 77))
+    return [sample_scene(rng) for _ in range(settings.pictures)]
+
+
+def pool(settings: Settings) -> Pool:
+    """Walls by night, 128 pixels a side, with their masks."""
+    drawn = scenes(settings)
+    pixels = np.empty((len(drawn), SIDE, SIDE, 4), np.uint8)
+    for i, scene in enumerate(drawn):
+        painted = paint_night(scene, SIDE, SIDE, settings.seed * 10_000_019 + i)
+        pixels[i, :, :, :3] = painted.picture
+        pixels[i, :, :, 3] = painted.mask * np.uint8(255)
+    return Pool(pixels, drawn)
+
+
+def fit(
+    folder: Path, work: Path, settings: Settings, *, minutes: float = math.inf, say: Say = print
+) -> UNet2DConditionModel:
+    """The model's UNet with a trained adapter; checkpoints in `work` belong to this model and these settings alone.
+
+    Raises TrainingError when the folder is no model or a checkpoint cannot be written.
+    """
+    if not (folder / "model_index.json").is_file():
+        raise TrainingError(f"{folder} is not a model to learn a style on: it has no model_index.json")
+    if settings.pictures < 1:
+        raise TrainingError(f"a style needs at least one picture, not {settings.pictures}")
+    try:
+        unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32)
+        vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
+        text = CLIPTextModel.from_pretrained(folder / "text_encoder").float().eval()
+        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+        schedule = DDIMScheduler.from_pretrained(folder / "scheduler")
+        mark = _mark(folder, settings)
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"{folder} is not a model to learn a style on: {error}") from error
+    # As in the base training: the backward pass of torch's fused attention is slow on CPUs.
+    unet.set_attn_processor(AttnProcessor())
+    unet.to(memory_format=torch.channels_last)
+    torch.manual_seed(settings.seed)
+    distill.attach(unet, settings.rank)
+    work.mkdir(parents=True, exist_ok=True)
+    night = pool(settings)
+    latents = diffusion.encode_pool(vae.eval(), night, work / f"style-{NAME}-{mark}.npy")
+
+    def words(chosen: NDArray[np.int64], rng: np.random.Generator) -> list[str]:
+        return [night_caption(night.scenes[int(i)], rng) for i in chosen]
+
+    def step(_: int, rng: np.random.Generator) -> Tensor:
+        clean, texts = diffusion.batch_of(latents, words, settings.batch, rng)
+        texts = ["" if rng.random() < settings.drop else t for t in texts]
+        with torch.no_grad():
+            states = text(diffusion.token_ids(tokenizer, texts)).last_hidden_state
+        kind = schedule.config.prediction_type
+        return diffusion.denoising_loss(unet, clean, states, schedule.alphas_cumprod, kind=kind, bf16=settings.bf16)
+
+    plan = Plan(settings.steps, settings.rate, seed=settings.seed, warmup=30, save_every=50, say_every=25)
+    plan.minutes = minutes
+    unet.train()
+    train(step, {"unet": unet}, plan, work / f"style-{NAME}-{mark}.pt", say=say)
+    return unet.eval()
+
+
+def _mark(folder: Path, settings: Settings) -> str:
+    """Names the model and what is painted, so that work on another model is never continued by mistake."""
+    paths = sorted(path for part in PARTS for path in (folder / part).glob("*.safetensors"))
+    sums = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+    return hashlib.sha256(f"{sums} {settings.seed} {settings.pictures} {settings.rank}".encode()).hexdigest()[:12]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Train and write the adapter; 1 and a reason when it cannot."""
+    parser = argparse.ArgumentParser(prog="python -m workers.training.crack_tiny_style")
+    parser.add_argument("--model", type=Path, required=True, help="folder of the finished model")
+    parser.add_argument("--work", type=Path, required=True, help="folder for data and checkpoints")
+    parser.add_argument("--out", type=Path, help=f"the adapter (default: MODEL/style-{NAME}.safetensors)")
+    default = Settings()
+    parser.add_argument("--steps", type=int, default=default.steps)
+    parser.add_argument("--pictures", type=int, default=default.pictures)
+    parser.add_argument("--rate", type=float, default=default.rate)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after; the same command goes on")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    given = parser.parse_args(arguments)
+    torch.set_num_threads(given.threads)
+    settings = Settings(pictures=given.pictures, steps=given.steps, rate=given.rate)
+    out = given.out or given.model / f"style-{NAME}.safetensors"
+    try:
+        unet = fit(given.model, given.work, settings, minutes=given.minutes, say=partial(print, flush=True))
+        notes = {"modelspec.title": f"crack-tiny {NAME}", "modelspec.license": "Apache-2.0"}
+        export_lora(out, unet, notes)
+        (given.work / "style-settings.json").write_text(json.dumps(asdict(settings), indent=2) + "\n", "utf-8")
+    except TrainingError as error:
+        sys.stderr.write(f"training stopped: {error}\n")
+        return 1
+    sys.stdout.write(f"{out}: {out.stat().st_size / 1e6:.1f} MB\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
