@@ -3,17 +3,18 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from alembic import command
-from alembic.config import Config
-from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, create_engine, exc, make_url, text
 from sqlalchemy.engine import URL
 
 from farm.errors import SchemaMismatch, Unavailable
 from farm.models import SCHEMA_VERSION
 from farm.settings import Settings
+
+if TYPE_CHECKING:
+    # Imported where it is needed: every process of the farm comes by here, and most never migrate.
+    from alembic.config import Config
 
 MIGRATION_LOCK = 0x6661726D
 """Advisory lock held while migrating: two migrations of one database never overlap."""
@@ -100,26 +101,33 @@ def migrate(settings: Settings) -> tuple[str | None, str]:
             conn.execute(text("SET LOCAL lock_timeout = '60s'"))
             conn.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": MIGRATION_LOCK})
             before = schema_version(conn)
-            if before is not None and _unknown(before):
+            if before is not None and before != SCHEMA_VERSION and _unknown(before):
                 raise SchemaMismatch(
                     f"the database has schema {before}, newer than this farm's {SCHEMA_VERSION}: upgrade the farm"
                 )
-            config = alembic_config()
-            config.attributes["connection"] = conn
-            command.upgrade(config, SCHEMA_VERSION)
+            if before != SCHEMA_VERSION:
+                from alembic import command
+
+                config = alembic_config()
+                config.attributes["connection"] = conn
+                command.upgrade(config, SCHEMA_VERSION)
         return before, SCHEMA_VERSION
     finally:
         database.dispose()
 
 
-def alembic_config() -> Config:
+def alembic_config() -> "Config":
     """Alembic's configuration without an ini file: the migrations lie beside the packages, in a wheel too."""
+    from alembic.config import Config
+
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent.parent / "migrations"))
     return config
 
 
 def _unknown(revision: str) -> bool:
+    from alembic.script import ScriptDirectory
+
     known = {script.revision for script in ScriptDirectory.from_config(alembic_config()).walk_revisions()}
     return revision not in known
 

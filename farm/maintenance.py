@@ -6,6 +6,7 @@ waits for another; rescue least of all.
 
 import random
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -27,6 +28,9 @@ FOLDED_AT_ONCE = 5_000
 SEGMENTS_AT_ONCE = 500
 OBJECTS_AT_ONCE = 500
 ERROR_PAUSE_SECONDS = 1.0
+PULSE_SECONDS = 5.0
+LONGEST_TURN_SECONDS = 900.0
+"""A duty that takes longer over one piece of its work hangs: its statements and requests have far shorter limits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +49,7 @@ class Sweeper:
         self.settings = settings
         self.database = database or Database(settings)
         self.store = store or Store(settings)
+        self._turned: dict[str, float] = {}
         second = settings.sweep_every
         self.duties = (
             Duty("rescue", settings.rescue_every, self.rescue),
@@ -57,11 +62,17 @@ class Sweeper:
             Duty("prune", second * 60, self.prune),
         )
 
-    def run(self, stop: threading.Event) -> None:
-        """Do all duties until `stop` is set."""
+    def run(self, stop: threading.Event, pulse: Callable[[], None] = lambda: None) -> None:
+        """Do all duties until `stop` is set. `pulse` is called every few seconds while none of them hangs."""
+        self._turned = {duty.name: time.monotonic() for duty in self.duties}
         threads = [threading.Thread(target=self._loop, args=(duty, stop), name=duty.name) for duty in self.duties]
         for thread in threads:
             thread.start()
+        while not self._hangs():
+            pulse()
+            if stop.wait(PULSE_SECONDS):
+                break
+        stop.wait()
         for thread in threads:
             thread.join()
 
@@ -163,11 +174,19 @@ class Sweeper:
                 workers.prune(conn)
         return False
 
+    def _hangs(self) -> bool:
+        for name, turned in self._turned.items():
+            if (seconds := time.monotonic() - turned) > LONGEST_TURN_SECONDS:
+                log.critical("a duty hangs; whoever watches the pulse restarts us", duty=name, seconds=round(seconds))
+                return True
+        return False
+
     def _loop(self, duty: Duty, stop: threading.Event) -> None:
         while not stop.is_set():
             try:
+                self._turned[duty.name] = time.monotonic()
                 while duty.work() and not stop.is_set():
-                    pass
+                    self._turned[duty.name] = time.monotonic()
             except FarmError as error:
                 log.warning("duty failed, will try again", duty=duty.name, error=error.message)
                 stop.wait(ERROR_PAUSE_SECONDS)

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from farm.cli.batches import explain_failures
-from farm.cli.display import Bar, seconds, table, waiting
+from farm.cli.display import Bar, json_line, seconds, table, waiting
 from farm.cli.exits import Exit
 from farm.cli.local import Occasion, own_farm
-from farm.cli.options import DATA_DIR, DataDir
+from farm.cli.options import DATA_DIR, AsJson, DataDir
 
 if TYPE_CHECKING:
     from farm.client import Saved
@@ -49,6 +49,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Where the pictures go.", metavar="DIR", file_okay=False)] = Path(
         "demo-out"
     ),
+    as_json: AsJson = False,
 ) -> None:
     """Start a farm of its own, render four sentences through API and queue, write pictures and a contact sheet."""
     from PIL import Image
@@ -64,7 +65,11 @@ def demo(
     with stages.stage("draw the contact sheet"), waiting("drawing the contact sheet"):
         draw([(Image.open(each.path), each.job.prompt) for each in saved]).save(sheet)
     stages.took["all together"] = time.monotonic() - begun
-    _tell(saved, sheet, stages, styles)
+    if as_json:
+        pictures = [{"path": str(each.path), "prompt": each.job.prompt} for each in saved]
+        json_line({"pictures": pictures, "contact_sheet": str(sheet), "seconds": stages.took})
+    else:
+        _tell(saved, sheet, stages, styles)
     if done.counts.succeeded < done.total:
         raise typer.Exit(Exit.FAILED)
 

@@ -102,6 +102,7 @@ def list_keys(data_dir: DataDir = DATA_DIR, as_json: AsJson = False) -> None:
 def revoke(
     key_id: Annotated[str, typer.Argument(help="The key's id, as `farm keys list` shows it.", metavar="ID")],
     data_dir: DataDir = DATA_DIR,
+    as_json: AsJson = False,
 ) -> None:
     """End a key. API processes notice within seconds."""
     from farm.keys import revoke_key
@@ -116,7 +117,10 @@ def revoke(
     else:
         with connect(data_dir) as farm:
             farm.revoke_key(wanted)
-    typer.echo(f"{key_id} revoked")
+    if as_json:
+        json_line({"id": wanted, "revoked": True})
+    else:
+        typer.echo(f"{key_id} revoked")
 
 
 def expiry(text: str | None, now: datetime) -> datetime | None:

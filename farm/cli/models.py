@@ -71,13 +71,20 @@ def add(
 
 
 @models.command()
-def remove(name: Annotated[str, typer.Argument(help="A checkpoint or adapter.")], data_dir: DataDir = DATA_DIR) -> None:
+def remove(
+    name: Annotated[str, typer.Argument(help="A checkpoint or adapter.")],
+    data_dir: DataDir = DATA_DIR,
+    as_json: AsJson = False,
+) -> None:
     """Forget a name. Jobs that were accepted with it are still rendered."""
     from farm import catalogue
 
     with _servers(data_dir) as (conn, _):
         catalogue.remove(conn, name)
-    typer.echo(f"{name} removed")
+    if as_json:
+        json_line({"name": name, "removed": True})
+    else:
+        typer.echo(f"{name} removed")
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import threading
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -30,7 +31,13 @@ def worker(
     _become("workers.main", environment(data_dir) | {name: value for name, value in chosen.items() if value})
 
 
-def sweeper(data_dir: DataDir = DATA_DIR) -> None:
+def sweeper(
+    data_dir: DataDir = DATA_DIR,
+    pulse: Annotated[
+        Path | None,
+        typer.Option(help="A file to touch every 5 s while no duty hangs, for health checks.", show_default=False),
+    ] = None,
+) -> None:
     """Run the sweeper: rescue, retries, doorbells, counters, deletions. Any number may run."""
     from farm import logs
     from farm.maintenance import Sweeper
@@ -40,7 +47,7 @@ def sweeper(data_dir: DataDir = DATA_DIR) -> None:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    Sweeper(configured).run(stop)
+    Sweeper(configured).run(stop, pulse.touch if pulse else lambda: None)
 
 
 def flower(
@@ -59,27 +66,33 @@ def flower(
         "FLOWER_BASIC_AUTH": f"{configured.flower_user}:{configured.flower_password.get_secret_value()}",
         "FLOWER_READ_ONLY": "true",
     }
-    _become("celery", environment(data_dir) | options, "--app=farm.flower", "flower")
+    _become("farm.flower", environment(data_dir) | options)
 
 
-def migrate(data_dir: DataDir = DATA_DIR) -> None:
+def migrate(data_dir: DataDir = DATA_DIR, as_json: AsJson = False) -> None:
     """Bring a farm's servers up to this version: schema, bucket, and the model that comes with it. Harmless twice."""
     from farm import catalogue, db
     from farm.storage import Store
 
     configured = settings(data_dir)
     before, after = db.migrate(configured)
-    typer.echo(f"schema: {after}" if before == after else f"schema: {before or 'none'} -> {after}")
+    if not as_json:
+        typer.echo(f"schema: {after}" if before == after else f"schema: {before or 'none'} -> {after}")
     store = Store(configured)
     store.ensure_bucket()
-    typer.echo(f"bucket: {configured.s3_bucket}")
+    if not as_json:
+        typer.echo(f"bucket: {configured.s3_bucket}")
     database = db.Database(configured, pool_size=1)
     try:
         with database.transaction() as conn:
             catalogue.install_default(conn, store)
     finally:
         database.dispose()
-    typer.echo(f"model: {catalogue.DEFAULT_CHECKPOINT}")
+    if as_json:
+        model = catalogue.DEFAULT_CHECKPOINT
+        json_line({"schema_before": before, "schema": after, "bucket": configured.s3_bucket, "model": model})
+    else:
+        typer.echo(f"model: {catalogue.DEFAULT_CHECKPOINT}")
 
 
 def version(as_json: AsJson = False) -> None:
@@ -92,6 +105,6 @@ def version(as_json: AsJson = False) -> None:
         typer.echo(__version__)
 
 
-def _become(module: str, variables: dict[str, str], *arguments: str) -> NoReturn:
+def _become(module: str, variables: dict[str, str]) -> NoReturn:
     """Replace this process, so that signals reach the program itself. `farm` may not import the other packages."""
-    os.execve(sys.executable, [sys.executable, "-u", "-m", module, *arguments], variables)  # noqa: S606
+    os.execve(sys.executable, [sys.executable, "-u", "-m", module], variables)  # noqa: S606

@@ -164,8 +164,8 @@ def _ndjson(file: IO[bytes]) -> Iterator[tuple[int, Row]]:
             continue
         try:
             job = orjson.loads(text)
-        except ValueError as error:
-            problems.append(mistake(number, "", f"must be JSON: {error}"))
+        except orjson.JSONDecodeError as error:
+            problems.append(mistake(number, "", f"must be JSON: {error.msg} at column {error.colno}"))
         else:
             if isinstance(job, dict | str) and not problems:
                 yield number, {"prompt": job} if isinstance(job, str) else job

@@ -40,13 +40,16 @@ def _say(status: "ServiceStatus", event: str) -> None:
         typer.echo(f"{status['name']:<10} {status['address']}")
 
 
-def down(data_dir: DataDir = DATA_DIR) -> None:
+def down(data_dir: DataDir = DATA_DIR, as_json: AsJson = False) -> None:
     """Stop the farm that runs in the data directory, and whatever a killed one left behind."""
     from farm.stack import stop_running
 
     with waiting("stopping the farm"):
         found = stop_running(data_dir)
-    typer.echo("The farm has stopped." if found else f"No farm was running in {data_dir}.")
+    if as_json:
+        json_line({"was_running": found})
+    else:
+        typer.echo("The farm has stopped." if found else f"No farm was running in {data_dir}.")
 
 
 def status(data_dir: DataDir = DATA_DIR, as_json: AsJson = False) -> None:

@@ -123,6 +123,7 @@ class DataDir:
                 end(identity, ask=ASK.get(service["name"], signal.SIGTERM), grace=GRACE)
                 ended.append(service["name"])
         seaweed.remove_sockets(Ports(self.ports).remembered())
+        seaweed.remove_dead_sockets()
         return ended
 
 

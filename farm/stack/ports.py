@@ -65,6 +65,20 @@ def get(port: int, path: str) -> bytes | None:
         connection.close()
 
 
+def answers(port: int, path: str) -> bool:
+    """Whether what listens there answers to GET at all within two seconds, be it with an error."""
+    connection = http.client.HTTPConnection(LOOPBACK, port, timeout=2)
+    try:
+        connection.request("GET", path)
+        connection.getresponse()
+    except (OSError, http.client.HTTPException):
+        return False
+    else:
+        return True
+    finally:
+        connection.close()
+
+
 class Ports:
     """The ports of one data directory's inner servers, kept in `file`."""
 

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from uuid import UUID
@@ -12,15 +13,18 @@ from farm.db import Database
 from farm.errors import FarmError
 from farm.settings import Settings
 from farm.stack.datadir import DataDir
-from farm.stack.ports import LOOPBACK, get
+from farm.stack.ports import LOOPBACK, answers, get
 from farm.stack.service import Program
 
 READY = "/api/v1/health/ready"
+LIVE = "/api/v1/health/live"
 ASK_EVERY = 0.2
 """Seconds between two health checks of a starting Python process, which takes seconds itself."""
 PYTHON = ("-P", "-u", "-m")
 """`-P`: the data directory, where they run, is no place to import from."""
 WORKER = "workers.main"
+PULSE_AGE = 20.0
+"""Seconds after which a pulse that beats every few is missed."""
 
 
 def environment(settings: Mapping[str, str]) -> dict[str, str]:
@@ -39,6 +43,7 @@ def api(directory: DataDir, variables: Mapping[str, str], port: int) -> Program:
         environment(variables),
         address=f"http://{LOOPBACK}:{port}",
         healthy=lambda: get(port, READY) is not None,
+        answers=lambda: answers(port, LIVE),
         grace=10.0,
     )
 
@@ -53,14 +58,23 @@ def worker(
     device: str,
     worker_id: UUID,
 ) -> Program:
-    """One worker process. It is healthy once Postgres has heard that it is ready for work."""
+    """One worker process. It is healthy once Postgres has heard that it is ready for work, and while it hears more."""
+
+    def state() -> str | None:
+        with database.transaction() as conn:
+            return next((str(found.state) for found in jobs.workers(conn) if found.id == worker_id), None)
 
     def ready() -> bool:
         try:
-            with database.transaction() as conn:
-                return any(found.id == worker_id and found.state in ("idle", "busy") for found in jobs.workers(conn))
+            return state() in ("idle", "busy")
         except FarmError:
             return False
+
+    def heard() -> bool:
+        try:
+            return state() != "lost"
+        except FarmError:
+            return True  # without Postgres it renders on; nobody can tell how it is
 
     return _program(
         directory,
@@ -69,6 +83,7 @@ def worker(
         environment({**variables, "FARM_DEVICE": device, "FARM_WORKER_ID": str(worker_id)}),
         address=device,
         healthy=ready,
+        answers=heard,
         patience=settings.limit_load.total_seconds(),
         # Its own timer ends it at the end of the grace period; ours is for a process that cannot even do that.
         grace=settings.grace.total_seconds() + 5.0,
@@ -76,13 +91,24 @@ def worker(
 
 
 def sweeper(directory: DataDir, variables: Mapping[str, str]) -> Program:
+    """The sweeper, which shows by its pulse, a file it touches, that all of its duties go round."""
+    pulse = directory.path / "sweeper.pulse"
+    pulse.unlink(missing_ok=True)
+
+    def beats() -> bool:
+        try:
+            return time.time() - pulse.stat().st_mtime < PULSE_AGE
+        except FileNotFoundError:
+            return False
+
     return _program(
         directory,
         "sweeper",
-        ("farm.cli", "sweeper"),
+        ("farm.cli", "sweeper", "--pulse", str(pulse)),
         environment(variables),
         address="-",
-        healthy=lambda: True,
+        healthy=beats,
+        answers=beats,
         grace=10.0,
     )
 
@@ -99,10 +125,11 @@ def flower(directory: DataDir, variables: Mapping[str, str], settings: Settings,
     return _program(
         directory,
         "flower",
-        ("celery", "--app=farm.flower", "flower"),
+        ("farm.flower",),
         environment(variables) | options,
         address=f"http://{LOOPBACK}:{port}",
         healthy=lambda: get(port, "/healthcheck") is not None,
+        answers=lambda: answers(port, "/healthcheck"),
         grace=5.0,
     )
 
@@ -115,6 +142,7 @@ def _program(
     *,
     address: str,
     healthy: Callable[[], bool],
+    answers: Callable[[], bool],
     grace: float,
     patience: float = 60.0,
 ) -> Program:
@@ -129,4 +157,5 @@ def _program(
         patience=patience,
         grace=grace,
         ask_every=ASK_EVERY,
+        answers=answers,
     )

@@ -7,18 +7,26 @@ the inner gRPC ports a certificate of our own, so that other users of the machin
 import os
 import shutil
 import signal
+import socket
+import stat
 import sysconfig
+import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from farm.errors import StackError
 from farm.stack.certificate import ensure_certificate
-from farm.stack.ports import LOOPBACK, get
+from farm.stack.ports import LOOPBACK, answers, get
 from farm.stack.secrets import Secrets, write_private_json
 from farm.stack.service import Program
 
 PARTS = ("master", "volume", "filer", "s3", "admin")
 PORTS = tuple(name for part in PARTS for name in (part, f"{part}.grpc") if name != "admin.grpc")
+SOCKETS = Path("/tmp")  # noqa: S108
+"""Where it puts sockets for its parts' gRPC; it does not let us choose."""
+BIRTH = 60.0
+"""Seconds for which a socket that nobody listens at may be one that is just being made."""
 ADMIN_DISTANCE = 10_000
 """The maintenance worker inside looks for the admin's gRPC port at this distance, whatever it is told."""
 
@@ -45,6 +53,7 @@ def program(data_dir: Path, *, ports: Mapping[str, int], secrets: Secrets, logs:
         log=logs / "s3.log",
         address=endpoint(ports),
         healthy=lambda: _ready(ports),
+        answers=lambda: answers(ports["s3"], "/healthz"),
         patience=30.0,
         grace=8.0 if durable else 0.0,
         ask=signal.SIGTERM if durable else signal.SIGKILL,
@@ -52,10 +61,32 @@ def program(data_dir: Path, *, ports: Mapping[str, int], secrets: Secrets, logs:
 
 
 def remove_sockets(ports: Mapping[str, int]) -> None:
-    """Delete the sockets that it leaves in /tmp when it is killed; it does not let us choose their place."""
+    """Delete the sockets that it leaves when it is killed."""
     for part in PARTS if "admin" in ports else ():
         port = ports.get(f"{part}.grpc", ports["admin"] + ADMIN_DISTANCE)
-        Path(f"/tmp/seaweedfs-{part}-grpc-{port}.sock").unlink(missing_ok=True)  # noqa: S108
+        (SOCKETS / f"seaweedfs-{part}-grpc-{port}.sock").unlink(missing_ok=True)
+
+
+def remove_dead_sockets() -> None:
+    """Delete sockets of ours at which nobody listens: left by a killed server whose data directory is gone since."""
+    for path in SOCKETS.glob("seaweedfs-*-grpc-*.sock"):
+        with suppress(OSError):  # it vanished meanwhile
+            found = path.lstat()
+            ours = stat.S_ISSOCK(found.st_mode) and found.st_uid == os.geteuid()
+            if ours and time.time() - found.st_mtime > BIRTH and _is_dead(path):
+                path.unlink()
+
+
+def _is_dead(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            return True
+        except OSError:
+            return False
+    return False
 
 
 def _options(objects: Path, access: Path, ports: Mapping[str, int], *, durable: bool) -> Iterator[str]:

@@ -46,6 +46,9 @@ class Program:
     account: Account | None = None
     ask_every: float = 0.02
     """Seconds between two health checks while it starts; the servers need half a second."""
+    answers: Callable[[], bool] | None = None
+    """Asked now and then once it is healthy: does it still work? As quick as `healthy`, and about itself alone: what
+    another service's trouble keeps from working is well. `None` where a silence is not cured by a restart."""
 
 
 class Service:

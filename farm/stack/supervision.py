@@ -1,4 +1,6 @@
-"""Keeping services alive: whatever dies is started again, after a pause that grows while it keeps dying."""
+"""Keeping services alive: what dies is started again, after a pause that grows while it keeps dying; what hangs is
+ended, and then started again like the dead.
+"""
 
 import threading
 import time
@@ -17,6 +19,12 @@ FIRST_PAUSE = timedelta(milliseconds=500)
 LONGEST_PAUSE = timedelta(seconds=30)
 WELL_AFTER = 60.0
 """Seconds of health after which earlier deaths no longer count."""
+ASK_EVERY = 5.0
+"""Seconds between two questions to a healthy service whether it still works."""
+MOST_SILENCES = 6
+"""So many questions in a row without an answer, and it hangs: half a minute, as a busy machine answers late."""
+HUNG_GRACE = 2.0
+"""Seconds that what hangs gets to leave by itself."""
 REFUSED = 78
 """Exit status of a program that a restart would not help (`workers.exits.Exit.REFUSED`)."""
 
@@ -41,6 +49,10 @@ class Supervised:
     """When its process was started."""
     due: float | None = None
     """When to start it again; `None` while it runs or is left alone."""
+    asked: float = field(default_factory=time.monotonic)
+    """When it was asked last whether it still works."""
+    silences: int = 0
+    """Questions in a row that it did not answer."""
 
 
 class Supervisor:
@@ -67,12 +79,27 @@ class Supervisor:
                     self._bury(one, f"ended with {_exit(one.service)}")
                 case "starting":
                     self._await(one)
-                case "healthy" if one.deaths and time.monotonic() - one.since > WELL_AFTER:
-                    one.deaths = 0
+                case "healthy":
+                    self._listen(one)
                 case "restarting" if one.due is not None and time.monotonic() >= one.due:
                     self._revive(one)
 
+    def _listen(self, one: Supervised) -> None:
+        """Ask a healthy service now and then; end it when it hangs."""
+        now = time.monotonic()
+        if one.deaths and now - one.since > WELL_AFTER:
+            one.deaths = 0
+        answers = one.service.program.answers
+        if answers is None or now - one.asked < ASK_EVERY:
+            return
+        one.silences = 0 if answers() else one.silences + 1
+        one.asked = time.monotonic()
+        if one.silences >= MOST_SILENCES:
+            one.service.stop(grace=HUNG_GRACE)
+            self._bury(one, f"hung: {one.silences} times in a row without an answer")
+
     def _bury(self, one: Supervised, what: str) -> None:
+        one.silences = 0
         refused = one.service.exit_code == REFUSED
         one.service.mark_dead(restarting=not refused)
         one.died()

@@ -34,11 +34,20 @@ def program(data_dir: Path, *, port: int, password: str, logs: Path) -> Program:
     write_private(configuration, "".join(f"{name} {value}\n" for name, value in settings.items()).encode())
     client = redis.Redis.from_url(url(port, password), socket_timeout=2, socket_connect_timeout=2)
 
-    def answers() -> bool:
+    def pings() -> bool:
         try:
             return bool(client.ping())
         except redis.RedisError:
             return False
+
+    def answers() -> bool:
+        try:
+            client.ping()
+        except redis.ResponseError:
+            return True  # it has something to say, such as that its memory is full
+        except redis.RedisError:
+            return False
+        return True
 
     return Program(
         name="valkey",
@@ -47,7 +56,8 @@ def program(data_dir: Path, *, port: int, password: str, logs: Path) -> Program:
         directory=home,
         log=logs / "valkey.log",
         address=f"redis://{LOOPBACK}:{port}/0",
-        healthy=answers,
+        healthy=pings,
+        answers=answers,
         patience=15.0,
         grace=5.0,
     )

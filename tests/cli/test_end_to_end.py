@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 
 from farm.cli.app import app
 from farm.cli.exits import Exit
+from farm.models import SCHEMA_VERSION
 from farm.stack import running
 from farm.stack.stack import Stack
 
@@ -126,7 +127,7 @@ def test_models_and_keys_and_migrate_work_on_the_servers_themselves(farm: Farm) 
     assert farm("models", "add", "twin", assets / "lcm-lora.safetensors").exit_code == 0
     assert farm("models", "add", "twin", assets / "lcm-lora.safetensors").exit_code == Exit.FAILED
     assert farm("models", "add", "nothing", assets / "profile.json").exit_code == Exit.USAGE
-    assert farm("models", "remove", "twin").exit_code == 0
+    assert orjson.loads(farm("models", "remove", "twin", "--json").stdout) == {"name": "twin", "removed": True}
     assert farm("models", "remove", "twin").exit_code == Exit.NOT_FOUND
     made = farm("keys", "create", "ci", "--project", "other")
     assert made.exit_code == 0, made.output
@@ -134,5 +135,8 @@ def test_models_and_keys_and_migrate_work_on_the_servers_themselves(farm: Farm) 
         line for line in farm("keys", "list", "--json").stdout.splitlines() if orjson.loads(line)["name"] == "ci"
     )
     assert made.stdout.startswith(orjson.loads(key)["prefix"])
-    assert farm("keys", "revoke", orjson.loads(key)["id"]).exit_code == 0
+    revoked = orjson.loads(farm("keys", "revoke", orjson.loads(key)["id"], "--json").stdout)
+    assert revoked == {"id": orjson.loads(key)["id"], "revoked": True}
     assert "crack-tiny" in farm("migrate").stdout
+    told = orjson.loads(farm("migrate", "--json").stdout)
+    assert told == {"schema_before": SCHEMA_VERSION, "schema": SCHEMA_VERSION, "bucket": "farm", "model": "crack-tiny"}

@@ -19,6 +19,8 @@ from tests.cli.conftest import Run
 from tests.client.fake import FakeFarm, page
 
 COMMANDS = [command for section in app.SECTIONS.values() for command in section]
+SERVERS = ("up", "api", "worker", "sweeper", "flower")
+"""Commands that run until they are stopped."""
 VARIABLES = {
     "FARM_DATABASE_URL": "postgresql://farm:a-real-secret@127.0.0.1:1/farm",
     "FARM_REDIS_URL": "redis://:a-real-secret@127.0.0.1:1/0",
@@ -65,6 +67,16 @@ def test_every_command_explains_itself(run: Run, command: object) -> None:
     result = run(name, "--help")
     assert result.exit_code == 0
     assert ("--data-dir" in result.stdout) == (name != "version")
+    assert ("--json" in result.stdout) == (name not in SERVERS)
+
+
+@pytest.mark.parametrize(
+    "command", ["models list", "models add", "models remove", "keys create", "keys list", "keys revoke"]
+)
+def test_every_command_below_speaks_to_scripts_too(run: Run, command: str) -> None:
+    shown = run(*command.split(), "--help").stdout
+    assert "--data-dir" in shown
+    assert "--json" in shown
 
 
 def test_settings_of_a_running_farm_come_from_its_data_directory(
@@ -126,6 +138,7 @@ def test_down_where_nothing_runs(run: Run) -> None:
     result = run("down", "--data-dir", "nothing-here")
     assert result.exit_code == 0
     assert "No farm was running" in result.stdout
+    assert orjson.loads(run("down", "--data-dir", "nothing-here", "--json").stdout) == {"was_running": False}
 
 
 def test_version(run: Run) -> None:

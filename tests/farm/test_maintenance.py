@@ -1,15 +1,19 @@
 """The sweeper's duties on real servers."""
 
 import hashlib
+import threading
+import time
 from datetime import timedelta
 
+import pytest
 from sqlalchemy import text
 
-from farm import jobs
-from farm.maintenance import Sweeper
+from farm import jobs, maintenance
+from farm.maintenance import Duty, Sweeper
 from farm.objects import image_key
 from farm.storage import Store
 from tests.farm.conftest import Queue
+from tests.stack.watching import wait_until
 
 
 def sweeper(queue: Queue, store: Store) -> Sweeper:
@@ -81,3 +85,38 @@ def test_two_sweepers_do_not_count_twice(queue: Queue, store: Store) -> None:
     two.once()
     assert queue.counts(batch) == {"succeeded": 8}
     assert queue.batch(batch).images_per_second > 0
+
+
+def test_the_pulse_beats_while_duties_turn_and_stops_with_one_that_hangs(
+    queue: Queue, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(maintenance, "PULSE_SECONDS", 0.01)
+    duties = sweeper(queue, store)
+    stuck, go_on, stop, missed = (threading.Event() for _ in range(4))
+
+    def hang() -> bool:
+        stuck.set()
+        go_on.wait()
+        return False
+
+    def cry(_event: str, *, duty: str, **_: object) -> None:
+        assert duty == "stuck"
+        missed.set()
+
+    beats: list[float] = []
+    duties.duties = (Duty("rescue", timedelta(0), duties.rescue), Duty("stuck", timedelta(0), hang))
+    monkeypatch.setattr(maintenance.log, "critical", cry)
+    running = threading.Thread(target=duties.run, args=(stop, lambda: beats.append(time.monotonic())))
+    running.start()
+    try:
+        assert stuck.wait(20)
+        wait_until(lambda: len(beats) > 3)
+        duties._turned["stuck"] -= maintenance.LONGEST_TURN_SECONDS
+        assert missed.wait(20)
+        heard = len(beats)
+    finally:
+        go_on.set()
+        stop.set()
+        running.join(20)
+    assert not running.is_alive()
+    assert len(beats) == heard

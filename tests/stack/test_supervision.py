@@ -1,6 +1,7 @@
 """What dies is started again, with pauses that grow; what refuses to work is left alone."""
 
 import os
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -10,8 +11,9 @@ import psutil
 import pytest
 
 from farm.errors import StackError
+from farm.stack import supervision
 from farm.stack.service import Program, Service, ServiceStatus
-from farm.stack.supervision import REFUSED, Supervisor
+from farm.stack.supervision import MOST_SILENCES, REFUSED, Supervisor
 from tests.stack.watching import wait_until, zombies
 
 
@@ -23,6 +25,7 @@ class Bench:
         self.code = code
         self.events: list[tuple[str, str]] = []
         self.deaths = 0
+        self.answering = False
         self.supervisor = Supervisor(self._report, Random(1))
         self.service = Service(self.program())
         self.supervisor.watch(self.service, self.program, self._died)
@@ -36,6 +39,7 @@ class Bench:
             log=self.folder / "bench.log",
             address="nowhere",
             healthy=(self.folder / "healthy").exists,
+            answers=lambda: self.answering,
             patience=20.0,
             grace=5.0,
         )
@@ -72,6 +76,33 @@ def test_a_service_that_dies_is_started_again(tmp_path: Path) -> None:
     (restarting, why), (healthy, nothing) = bench.events
     assert (restarting, healthy, nothing) == ("restarting", "healthy", "")
     assert why.startswith("ended with signal 9; starting again in 0.")
+    bench.service.stop()
+
+
+def test_a_service_that_hangs_is_ended_and_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervision, "ASK_EVERY", 0.0)
+    monkeypatch.setattr(supervision, "HUNG_GRACE", 0.1)
+    bench = Bench(tmp_path, HEALTHY)
+    bench.service.start()
+    first = bench.service.pid
+    assert first is not None
+    os.kill(first, signal.SIGSTOP)  # as deaf to SIGTERM as what hangs
+    for _ in range(MOST_SILENCES - 1):
+        bench.supervisor.look()
+    assert (bench.service.state, bench.events) == ("healthy", [])
+    bench.answering = True
+    bench.supervisor.look()
+    bench.answering = False
+    for _ in range(MOST_SILENCES - 1):
+        bench.supervisor.look()
+    assert bench.events == [], "one answer, and the counting starts anew"
+    bench.supervisor.look()
+    assert bench.deaths == 1
+    assert not psutil.pid_exists(first)
+    bench.answering = True
+    bench.look_until("healthy")
+    assert bench.service.pid not in (None, first)
+    assert bench.events[0][1].startswith("hung: 6 times in a row without an answer; starting again in 0.")
     bench.service.stop()
 
 
