@@ -1,4 +1,4 @@
-"""Flower for this farm: `python -m farm.flower`, configured by FLOWER_* variables; `app` is the Celery app it watches."""
+"""Flower for this farm: `python -m farm.flower`, set up by FLOWER_* variables; `app` is the Celery app it watches."""
 
 import os
 import sys

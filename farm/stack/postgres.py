@@ -89,7 +89,7 @@ class Cluster:
             directory=self._home,
             log=self._logs / "postgres.log",
             address=f"postgresql://{LOOPBACK}:{port}/{DATABASE}",
-            # It is not asked again later: when PostgreSQL is silent its disk is, and a restart would only add a recovery.
+            # Not asked again later: when PostgreSQL is silent its disk is, and a restart would only add a recovery.
             healthy=lambda: self._answers(port),
             patience=60.0,  # replaying the log after a crash takes a while
             grace=20.0,

@@ -1,15 +1,19 @@
 """The models and the migrations say the same, and the claim's statements walk their indexes."""
 
+import shutil
 import uuid
+from pathlib import Path
 from typing import Any
 
 import pytest
 from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import text
 
+from farm import db
 from farm.db import Database, alembic_config, migrate
 from farm.errors import SchemaMismatch
 from farm.models import SCHEMA_VERSION, Base
@@ -51,6 +55,28 @@ def test_an_older_schema_is_migrated(empty_settings: Settings) -> None:
     assert migrate(empty_settings) == ("0001", SCHEMA_VERSION)
     database.check_schema()
     database.dispose()
+
+
+def test_the_next_migration_will_find_its_way_and_keep_the_rows(
+    queue: Queue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = queue.submit(2)
+    migrations = tmp_path / "migrations"
+    shutil.copytree(Path(alembic_config().get_main_option("script_location") or ""), migrations)
+    (migrations / "versions" / "9000_next_year.py").write_text(
+        f"from alembic import op\nrevision, down_revision = '9000', '{SCHEMA_VERSION}'\n"
+        "def upgrade(): op.execute('ALTER TABLE jobs ADD COLUMN of_next_year text')\n"
+    )
+    config = Config()
+    config.set_main_option("script_location", str(migrations))
+    monkeypatch.setattr(db, "alembic_config", lambda: config)
+    monkeypatch.setattr(db, "SCHEMA_VERSION", "9000")
+    with pytest.raises(SchemaMismatch, match="run: farm migrate"):
+        queue.database.check_schema()
+    assert migrate(queue.settings) == (SCHEMA_VERSION, "9000")
+    queue.database.check_schema()
+    assert queue.counts(batch) == {"queued": 2}
+    assert queue.do(lambda conn: conn.scalar(text("SELECT count(of_next_year) FROM jobs"))) == 0
 
 
 def plan(queue: Queue, statement: Any, parameters: dict[str, Any]) -> str:

@@ -1,15 +1,18 @@
 """A supervisor killed with -9 leaves its children running; the next start, or `farm down`, ends them and only them."""
 
 import os
+import shutil
+import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import psycopg
 import pytest
 
-from farm.stack import embedded, running, stop_running
+from farm.stack import embedded, running, seaweed, stop_running
 from farm.stack.datadir import DataDir
 from farm.stack.processes import Identity
 from tests.stack.watching import family, identities, wait_until
@@ -70,6 +73,29 @@ def test_down_ends_them(data_dir: Path, killed: dict[str, Identity]) -> None:
     assert [process for process in processes if process.is_running()] == []
     assert identities(data_dir) == {}
     assert stop_running(data_dir) is False
+
+
+def test_sockets_of_the_dead_are_swept_and_those_of_the_living_are_not(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(tempfile.mkdtemp(prefix="s-"))  # short: a socket's path may hold 107 bytes
+    monkeypatch.setattr(seaweed, "SOCKETS", folder)
+    paths = {name: folder / f"seaweedfs-{name}-grpc-1.sock" for name in ("master", "volume", "filer", "s3")}
+    living, *others = [socket.socket(socket.AF_UNIX) for _ in range(3)]
+    for one, name in zip((living, *others), ("master", "volume", "filer"), strict=True):
+        one.bind(str(paths[name]))
+        one.listen()
+    for one in others:
+        one.close()
+    paths["s3"].write_text("no socket")
+    for name in ("master", "volume", "s3"):
+        os.utime(paths[name], (1.0, 1.0))
+    directory = DataDir(data_dir)
+    directory.create()
+    directory.end_orphans()
+    assert {name for name, path in paths.items() if path.exists()} == {"master", "filer", "s3"}, "filer: just made"
+    living.close()
+    shutil.rmtree(folder)
 
 
 def test_a_stranger_that_got_the_process_id_lives_on(data_dir: Path) -> None:

@@ -14,8 +14,9 @@ import httpx
 import psutil
 import pytest
 
-from farm.errors import StackError
-from farm.stack import running, status, stop_running
+from farm.db import Database, migrate
+from farm.errors import SchemaMismatch, StackError
+from farm.stack import embedded, running, status, stop_running
 from farm.stack.ports import LOOPBACK, is_free
 from farm.stack.stack import Stack
 from tests.stack.watching import family, identities, listening, wait_until
@@ -156,6 +157,20 @@ def test_stopped_while_starting(data_dir: Path, up: Up) -> None:
     up.process.send_signal(signal.SIGINT)
     assert up.process.wait(60) == 0
     assert not any(identity.alive for identity in left.values())
+    assert status(data_dir) == []
+
+
+def test_a_newer_schema_is_a_clear_error(data_dir: Path) -> None:
+    with embedded(data_dir, durable=False) as settings:
+        migrate(settings)
+        database = Database(settings)
+        with database.transaction() as conn:
+            conn.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
+        database.dispose()
+    before = {process.pid for process in psutil.Process().children(recursive=True)}
+    with pytest.raises(SchemaMismatch, match=r"schema 9999, newer than this farm's .*upgrade the farm"):
+        Stack(data_dir, 0).up()
+    assert {process.pid for process in psutil.Process().children(recursive=True)} == before
     assert status(data_dir) == []
 
 

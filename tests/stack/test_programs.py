@@ -1,0 +1,83 @@
+"""The farm's own processes as the supervisor runs them: when they are well, when they hang, how they leave."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from pydantic import SecretStr
+
+from farm import jobs
+from farm.db import Database
+from farm.ids import new_id
+from farm.settings import Settings
+from farm.stack import programs
+from farm.stack.datadir import DataDir
+from farm.stack.ports import LOOPBACK, free_port
+from farm.stack.service import Service
+from tests.workers.conftest import environment_of
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> DataDir:
+    made = DataDir(tmp_path / "data")
+    made.create()
+    return made
+
+
+def test_flower_leaves_when_it_is_asked(directory: DataDir, settings: Settings) -> None:
+    port = free_port()
+    service = Service(programs.flower(directory, environment_of(settings), settings, port))
+    service.start()
+    answers = service.program.answers
+    assert answers is not None
+    assert answers()
+    assert service.stop(grace=30.0), (directory.logs / "flower.log").read_text()
+    assert service.exit_code == 0
+    assert not answers()
+
+
+def test_the_sweeper_is_well_while_its_pulse_beats(directory: DataDir, settings: Settings) -> None:
+    stale = directory.path / "sweeper.pulse"
+    stale.touch()
+    service = Service(programs.sweeper(directory, environment_of(settings)))
+    assert not service.program.healthy(), "the pulse of an earlier one is not its own"
+    service.start()
+    answers = service.program.answers
+    assert answers is not None
+    assert answers()
+    assert service.pid is not None
+    os.kill(service.pid, signal.SIGSTOP)
+    long_ago = time.time() - programs.PULSE_AGE
+    os.utime(stale, (long_ago, long_ago))
+    assert not answers()
+    os.kill(service.pid, signal.SIGCONT)
+    assert service.stop(grace=30.0)
+
+
+def test_a_worker_is_well_while_postgres_hears_of_it(
+    directory: DataDir, settings: Settings, database: Database
+) -> None:
+    worker = new_id()
+    program = programs.worker(
+        directory, environment_of(settings), database, settings, name="worker", device="cpu", worker_id=worker
+    )
+    assert program.answers is not None
+    with database.transaction() as conn:
+        jobs.hello(conn, worker=worker, pool="default", host="here", pid=1, device="cpu", version="1")
+    assert not program.healthy(), "it is still loading"
+    with database.transaction() as conn:
+        jobs.tell(conn, worker=worker, state="idle")
+    assert program.healthy()
+    assert program.answers()
+    with database.transaction() as conn:
+        conn.exec_driver_sql("UPDATE workers SET heartbeat_at = heartbeat_at - interval '1 hour'")
+    assert not program.answers()
+    away = Database(settings.model_copy(update={"database_url": SecretStr(f"postgresql://x:y@{LOOPBACK}:1/z")}))
+    deaf = programs.worker(
+        directory, environment_of(settings), away, settings, name="worker", device="cpu", worker_id=worker
+    )
+    assert deaf.answers is not None
+    assert deaf.answers(), "without Postgres nobody can tell, and it renders on"
+    away.dispose()
