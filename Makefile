@@ -30,7 +30,7 @@ demo: $(STAMP)  ## render four pictures through the whole farm
 	@$(BIN)/farm demo
 
 test: lint  ## everything: linters, types, import contracts, all tests on real servers
-	$(BIN)/python -m pytest -n $(PYTEST_WORKERS)
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadgroup
 
 lint: $(STAMP)  ## linters, formatting, types, import contracts
 	$(BIN)/ruff check .

@@ -18,7 +18,8 @@ from farm.models import SCHEMA_VERSION
 from farm.stack import running
 from farm.stack.stack import Stack
 
-pytestmark = pytest.mark.timeout(300)
+# In one process, where tests run in several: the farm it starts takes longer than all that is done with it.
+pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("end-to-end")]
 
 Farm = Callable[..., Result]
 

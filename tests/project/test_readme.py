@@ -78,6 +78,7 @@ def test_ci_runs_make_test_and_nothing_else() -> None:
     assert os.access(ROOT / ".ci/run", os.X_OK)
 
 
+@pytest.mark.xdist_group("readme")
 def test_the_commands_in_order(home: Path) -> None:
     scripts = [block for block in blocks("sh") if "farm " in block]
     assert len(scripts) == 3, "render, submit, watch"
@@ -97,6 +98,7 @@ def test_the_commands_in_order(home: Path) -> None:
     assert "walls" in said, "batches"
 
 
+@pytest.mark.xdist_group("readme")
 def test_the_python_example(home: Path) -> None:
     (example,) = blocks("python")
     done = subprocess.run(

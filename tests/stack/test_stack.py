@@ -13,7 +13,9 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from typer.testing import CliRunner
 
+from farm.cli.app import app
 from farm.db import Database, migrate
 from farm.errors import SchemaMismatch, StackError
 from farm.stack import embedded, running, status, stop_running
@@ -22,15 +24,14 @@ from farm.stack.stack import Stack
 from tests.stack.watching import family, identities, listening, wait_until
 
 SERVICES = {"supervisor", "postgres", "valkey", "s3", "api", "worker", "sweeper", "flower"}
+READY = "The farm is up at "
 CODE = """
 import sys
-from pathlib import Path
+from farm.cli.app import app
 from farm.stack import programs
-from farm.stack.stack import Stack
 
 programs.WORKER = "tests.stub_worker"
-stack = Stack(Path(sys.argv[1]), 0, lambda status, event: print(status["name"], event, flush=True))
-stack.serve(lambda: print("ready", stack.url, flush=True))
+app(["up", "--data-dir", sys.argv[1], "--port", "0"])
 """
 
 
@@ -44,6 +45,7 @@ class Up:
         self.process = subprocess.Popen(
             [sys.executable, "-c", CODE, str(data_dir)],
             stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "FARM_DEVICE": "cpu", "STUB_STEP_SECONDS": "0.7"},
         )
@@ -88,14 +90,15 @@ def api(data_dir: Path) -> httpx.Client:
 def die(data_dir: Path, up: Up, name: str) -> None:
     """Kill a service with -9 and hear that it is missed."""
     os.kill(identities(data_dir)[name].pid, signal.SIGKILL)
-    assert "signal 9; starting again" in up.hear(f"{name} ended")
+    assert "signal 9; starting again" in up.hear(f"{name}: ended")
 
 
 @pytest.mark.timeout(300)
 def test_a_whole_life(data_dir: Path, up: Up) -> None:
-    up.hear("ready")
+    assert str(data_dir / "credentials.json") in up.hear(READY)
     assert states(data_dir) == dict.fromkeys(SERVICES, "healthy")
-    assert {line.split()[0] for line in up.said} == SERVICES - {"supervisor"} | {"ready"}
+    shown = dict(line.split(maxsplit=1) for line in up.said[:-1])
+    assert shown == {service["name"]: service["address"] for service in status(data_dir)[1:]}
 
     # Loopback only; a key that works, in a private file; Flower behind its password.
     everything = [process for identity in identities(data_dir).values() for process in family(identity)]
@@ -132,7 +135,7 @@ def test_a_whole_life(data_dir: Path, up: Up) -> None:
     up.process.wait()
     again = Up(data_dir)
     try:
-        again.hear("ready")
+        again.hear(READY)
         assert not any(identity.alive for identity in left.values())
         assert (data_dir / "credentials.json").read_text() == key
         with api(data_dir) as client:
@@ -141,8 +144,10 @@ def test_a_whole_life(data_dir: Path, up: Up) -> None:
         # `farm down` from outside.
         everything = [process for identity in identities(data_dir).values() for process in family(identity)]
         ports = [port for _, port in listening(everything)]
-        assert stop_running(data_dir) is True
+        down = CliRunner().invoke(app, ["down", "--data-dir", str(data_dir), "--json"])
+        assert json.loads(down.stdout) == {"was_running": True}
         assert again.process.wait(10) == 0
+        again.hear("The farm has stopped.")
         assert psutil.wait_procs(everything, timeout=1)[1] == []
         assert [port for port in ports if not is_free(port)] == []
         assert status(data_dir) == []
