@@ -20,7 +20,7 @@ SECRETS = r"-----BEGIN [A-Z ]*PRIVATE K[E]Y|AKIA[0-9A-Z]{16}"
 
 def texts() -> Iterator[tuple[str, str]]:
     """Every text file of the project, by its path."""
-    paths = [path for path in ROOT.iterdir() if path.is_file() and path.name != ".env"]
+    paths = [path for path in ROOT.iterdir() if path.is_file() and path.name not in {".env", ".git"}]
     for folder in FOLDERS:
         paths += [path for path in (ROOT / folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     for path in paths:
