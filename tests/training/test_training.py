@@ -1,6 +1,7 @@
 """The trainers at toy sizes: the loss falls, a resumed run equals one that never stopped."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -149,6 +150,31 @@ def test_the_tokenizer_never_fails_and_comes_in_two_equal_forms(tmp_path: Path) 
         assert ids[0] == made.bos_token_id
         assert ids[-1] == made.eos_token_id
         assert made.eos_token_id not in ids[1:-1]
+
+
+def test_places_with_cracks_count_more(tmp_path: Path) -> None:
+    pool = open_pool(tmp_path, 12, 64, seed=1)
+    importance = pool.importance(8, 4.0)
+    mask = np.asarray(pool.pixels[..., 3])
+    assert importance.shape == (12, 8, 8)
+    for picture, row, column in np.ndindex(12, 8, 8):
+        cracked = mask[picture, row * 8 : row * 8 + 8, column * 8 : column * 8 + 8].any()
+        assert importance[picture, row, column] == (5.0 if cracked else 1.0)
+    assert 0 < np.mean(importance > 1) < 0.5
+
+    class Blank(nn.Module):
+        def forward(self, noisy: Tensor, times: Tensor, encoder_hidden_states: Tensor) -> SimpleNamespace:
+            return SimpleNamespace(sample=torch.zeros_like(noisy))
+
+    unet: Any = Blank()
+    clean, alphas = torch.zeros(4, 2, 8, 8), diffusion.scheduler().alphas_cumprod
+
+    def loss(importance: Tensor | None) -> float:
+        torch.manual_seed(0)
+        return float(diffusion.denoising_loss(unet, clean, clean, alphas, importance=importance))
+
+    assert loss(torch.ones(4, 1, 8, 8)) == pytest.approx(loss(None))
+    assert loss(torch.full((4, 1, 8, 8), 3.0)) == pytest.approx(3 * loss(None))
 
 
 def test_the_text_encoder_learns_what_captions_mean(tmp_path: Path, tokenizer: CLIPTokenizer) -> None:

@@ -44,13 +44,14 @@ class Settings:
     pool: int = 20_000
     autoencoder_steps: int = 6_500
     autoencoder_rate: float = 1e-3
-    decoder_steps: int = 2_400
+    decoder_steps: int = 1_600
     decoder_rate: float = 5e-4
     words_steps: int = 1_000
     words_rate: float = 1e-3
     base_steps: int = 14_000
     base_rate: float = 7e-4
     base_batch: int = 16
+    crack_importance: float = 5.0
     distil_steps: int = 1_200
     distil_rate: float = 4e-4
     distil_batch: int = 16
@@ -122,6 +123,7 @@ class Recipe:
             batch=self.settings.base_batch,
             bf16=self.settings.bf16,
             text=self.words(),
+            importance=self.pool().importance(diffusion.Size().grid, self.settings.crack_importance),
             say=self.say,
         )
 
@@ -134,7 +136,7 @@ class Recipe:
             empty = text(diffusion.token_ids(tokenizer, [""])).last_hidden_state
 
         def batch(rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
-            clean, texts = diffusion.batch_of(latents, pool.captions, count, rng)
+            clean, texts, _ = diffusion.batch_of(latents, pool.captions, count, rng)
             with torch.no_grad():
                 states = text(diffusion.token_ids(tokenizer, texts)).last_hidden_state
             return clean, states, empty.expand(count, -1, -1)

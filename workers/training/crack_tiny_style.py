@@ -102,7 +102,7 @@ def fit(
         return [night_caption(night.scenes[int(i)], rng) for i in chosen]
 
     def step(_: int, rng: np.random.Generator) -> Tensor:
-        clean, texts = diffusion.batch_of(latents, words, settings.batch, rng)
+        clean, texts, _chosen = diffusion.batch_of(latents, words, settings.batch, rng)
         texts = ["" if rng.random() < settings.drop else t for t in texts]
         with torch.no_grad():
             states = text(diffusion.token_ids(tokenizer, texts)).last_hidden_state

@@ -138,8 +138,8 @@ def encode_pool(vae: AutoencoderKL, pool: Pool, path: Path, batch: int = 32) -> 
 
 def batch_of(
     latents: NDArray[np.float16], words: Words, count: int, rng: np.random.Generator
-) -> tuple[Tensor, list[str]]:
-    """A random choice of latents, float32, with a fresh caption for each."""
+) -> tuple[Tensor, list[str], NDArray[np.int64]]:
+    """A random choice of latents, float32, with a fresh caption and the number of each."""
     if not len(latents):
         raise TrainingError("there is nothing to learn from: no latents")
     chosen = rng.integers(0, len(latents), count)
@@ -147,7 +147,7 @@ def batch_of(
     if len(texts) != count or not all(isinstance(t, str) and t.strip() for t in texts):
         raise TrainingError("every picture needs a caption, and none may be empty")
     data = torch.from_numpy(latents[chosen].astype(np.float32))
-    return data.contiguous(memory_format=torch.channels_last), texts
+    return data.contiguous(memory_format=torch.channels_last), texts, chosen
 
 
 def denoising_loss(
@@ -157,11 +157,13 @@ def denoising_loss(
     alphas: Tensor,
     *,
     kind: str = "v_prediction",
+    importance: Tensor | None = None,
     bf16: bool = True,
 ) -> Tensor:
     """How badly a UNet takes new noise out of `clean` (n, c, h, w), told the words `states` (n, 77, width).
 
     `alphas` (1000,) is the schedule's cumulative product, `kind` what the UNet predicts: v_prediction or epsilon.
+    `importance` (n, 1, h, w) says how much each place counts; without it all count alike.
     """
     noise = torch.randn_like(clean)
     # One timestep from each slice of the range: the loss jumps less from step to step.
@@ -182,7 +184,8 @@ def denoising_loss(
     else:
         raise TrainingError(f"prediction_type {kind!r} cannot be trained; epsilon and v_prediction can")
     weight = (certainty.clamp(max=5.0) / certainty).view(-1)
-    total: Tensor = (off.square().mean((1, 2, 3)) * weight).mean()
+    error = off.square() if importance is None else off.square() * importance
+    total: Tensor = (error.mean((1, 2, 3)) * weight).mean()
     return total
 
 
@@ -230,12 +233,14 @@ def fit(
     drop: float = 0.1,
     bf16: bool = True,
     text: CLIPTextModel | None = None,
+    importance: NDArray[np.float16] | None = None,
     say: Say = print,
 ) -> tuple[UNet2DConditionModel, CLIPTextModel]:
     """Train text encoder and UNet together; returns their averaged weights.
 
     `drop` is the share of captions replaced by nothing, which makes guidance possible. `text` is an
-    encoder to go on from; without it training begins with random weights.
+    encoder to go on from; without it training begins with random weights. `importance` (n, h, w) says
+    how much each place of each picture counts.
     """
     torch.manual_seed(plan.seed)
     random.seed(plan.seed)
@@ -246,11 +251,12 @@ def fit(
     averages = {"unet": Average(unet), "text": Average(text)}
 
     def step(_: int, rng: np.random.Generator) -> Tensor:
-        clean, texts = batch_of(latents, words, batch, rng)
+        clean, texts, chosen = batch_of(latents, words, batch, rng)
         texts = ["" if rng.random() < drop else t for t in texts]
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             states = text(token_ids(tokenizer, texts)).last_hidden_state
-        return denoising_loss(unet, clean, states, alphas, bf16=bf16)
+        counts = None if importance is None else torch.from_numpy(importance[chosen].astype(np.float32)).unsqueeze(1)
+        return denoising_loss(unet, clean, states, alphas, importance=counts, bf16=bf16)
 
     modules: dict[str, nn.Module] = {"unet": unet, "text": text}
     train(step, modules, plan, checkpoint, averages=averages, say=say)

@@ -23,6 +23,19 @@ class Pool:
         """A new wording for each chosen picture: the pool has far more sentences than pictures."""
         return [caption(self.scenes[int(i)], rng) for i in chosen]
 
+    def importance(self, grid: int, cracks: float) -> NDArray[np.float16]:
+        """How much each of grid x grid places counts, (count, grid, grid): 1, or 1 + `cracks` where a crack is.
+
+        A crack covers a hundredth of the picture and is what the picture is about.
+        """
+        places = []
+        for start in range(0, len(self.pixels), 256):
+            mask = self.pixels[start : start + 256, :, :, 3]
+            cell = mask.shape[1] // grid
+            cells = mask.reshape(len(mask), grid, cell, grid, cell).max((2, 4)) > 0
+            places.append((1.0 + cracks * cells).astype(np.float16))
+        return np.concatenate(places)
+
 
 def open_pool(folder: Path, count: int, side: int, seed: int) -> Pool:
     """The pool of `count` pictures in `folder`, painted now if it is not there yet."""
