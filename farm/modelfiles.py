@@ -1,34 +1,45 @@
-"""Looking at model files before they are trusted: safetensors only, headers read, contents hashed. No torch."""
+"""Looking at model files before they are trusted: which are wanted, what they are, what they hash to. No torch.
+
+A model is a diffusers folder, one `.safetensors` file, or the PEFT folders of an adapter. What a worker with torch
+finds out beyond this is in `workers.pipelines.inspecting`.
+"""
 
 import hashlib
-import json
-import struct
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Self
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, Self
 
 import orjson
+from pydantic import ValidationError
 
 from farm.errors import InvalidModel
+from farm.families import PIPELINES, VAE_SCALES, Profile, family_of, profile_of
+from farm.safefile import Header, read_header
 
-MAX_HEADER_BYTES = 100 * 1024 * 1024
-"""safetensors' own limit for a header."""
-
-FAMILIES = {"StableDiffusionPipeline": "sd15", "StableDiffusionXLPipeline": "sdxl"}
-"""What a pipeline class is taken for, unless the folder's profile.json says more exactly."""
-
-PROFILES: dict[str, dict[str, Any]] = {
-    "sd15": {"width": 512, "height": 512, "min_size": 256, "max_size": 1024, "steps": 4, "guidance_scale": 1.0},
-    "sdxl": {"width": 1024, "height": 1024, "min_size": 512, "max_size": 2048, "steps": 4, "guidance_scale": 1.0},
-}
+Kind = Literal["checkpoint", "vae", "acceleration", "style"]
 
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 """The folders of a pipeline that rendering needs; a safety checker is left behind."""
+ADAPTER_PARTS = ("unet", "text_encoder", "text_encoder_one", "text_encoder_2", "text_encoder_two")
+"""Folders in which PEFT, and DiffEngine through it, put the parts of an adapter."""
+VAE_CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 
-SUFFIXES = {".json", ".txt", ".safetensors", ".model"}
+SMALL_SUFFIXES = (".json", ".txt")
+SMALL_BYTES = 16 * 1024 * 1024
+"""Largest configuration or vocabulary file; CLIP's is 2 MB."""
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
+
+WEIGHTS = re.compile(
+    r"(?:diffusion_pytorch_model|model)(?:\.(?P<variant>\w+))?(?:-\d{5}-of-\d{5})?\.safetensors"
+    r"|(?:diffusion_pytorch_model|model)\.safetensors\.index(?:\.(?P<index>\w+))?\.json"
+)
 
 LORA_DOWN = (".lora_down.weight", ".lora_A.weight", ".lora.down.weight")
+LORA = re.compile(r"\.lora_(down|up|[AB])\b|\.lora\.(down|up)\b|_lora\.(down|up)\b|\.lora_linear_layer\.|hada_|lokr_|dora_")
+ORIGINAL_UNET = "model.diffusion_model."
+"""How a UNet's keys begin in the original layout, which web UIs read and write."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,116 +60,242 @@ class FoundModel:
     family: str
     bytes: int
     files: tuple[FoundFile, ...]
-    profile: dict[str, Any]
-    source: dict[str, Any]
+    profile: dict[str, Any] = field(default_factory=dict)
+    source: dict[str, Any] = field(default_factory=dict)
 
     def of_family(self, family: str) -> Self:
         return replace(self, family=family)
 
+    def coming_from(self, **source: Any) -> Self:
+        """The same model with more said about its origin."""
+        return replace(self, source={**self.source, **{key: value for key, value in source.items() if value}})
 
-def read_checkpoint(folder: Path) -> FoundModel:
+
+def choose(listing: Mapping[str, int], kind: Kind, variant: str | None = None) -> dict[str, str]:
+    """Which files of a folder make up a model: path in the folder -> path in the model.
+
+    `listing` maps relative paths to bytes. Only safetensors and small text files are ever chosen; of the number types
+    a folder offers, `variant` (such as `fp16`) or else the plain one. Raises InvalidModel with file and reason.
+    """
+    if kind == "checkpoint":
+        chosen = _checkpoint_files(listing, variant)
+    elif kind == "vae":
+        chosen = {"config.json": "config.json", **_weights(listing, "", variant)}
+        if "config.json" not in listing:
+            raise InvalidModel("config.json: this file is missing; a VAE's diffusers folder has it")
+    else:
+        chosen = _adapter_files(listing)
+    if variant and not any(f".{variant}" in path for path in chosen):
+        raise InvalidModel(f"there are no weights of variant {variant}; leave it out, or name one that is there")
+    for path in chosen:
+        if not path.endswith(".safetensors") and listing[path] > SMALL_BYTES:
+            raise InvalidModel(f"{path}: {listing[path]} bytes are too many for a file of this kind")
+    return chosen
+
+
+def list_folder(folder: Path) -> dict[str, int]:
+    """Every file below a folder that could be part of a model: relative path -> bytes."""
+    return {
+        path.relative_to(folder).as_posix(): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    }
+
+
+def kind_of(path: Path) -> Literal["checkpoint", "original", "vae", "adapter"]:
+    """What lies here: a diffusers folder, a checkpoint in the original one-file layout, a VAE, or an adapter.
+
+    Raises InvalidModel when it is none of these.
+    """
+    if path.is_dir():
+        if (path / "model_index.json").exists():
+            return "checkpoint"
+        if (path / "config.json").exists() and str(read_json(path / "config.json").get("_class_name")) in VAE_CLASSES:
+            return "vae"
+        return "adapter"
+    if path.suffix in PICKLES:
+        raise InvalidModel(f"{path.name}: this is a pickle; only safetensors files are accepted")
+    keys = read_header(path).tensors
+    if any(key.startswith(ORIGINAL_UNET) for key in keys):
+        return "original"
+    if any(LORA.search(key) for key in keys):
+        return "adapter"
+    if any(key.removeprefix("first_stage_model.").startswith("decoder.") for key in keys):
+        return "vae"
+    raise InvalidModel(f"{path.name}: neither a checkpoint, a VAE nor an adapter; its first key is {next(iter(keys), '')}")
+
+
+def read_checkpoint(
+    folder: Path, *, family: str | None = None, variant: str | None = None, changes: Mapping[str, Any] | None = None
+) -> FoundModel:
     """A diffusers folder of StableDiffusionPipeline or StableDiffusionXLPipeline.
+
+    `changes` are a person's words on the profile. Raises InvalidModel with the file and the reason.
+    """
+    pipeline = read_json(folder / "model_index.json").get("_class_name")
+    if pipeline not in PIPELINES:
+        raise InvalidModel(f"model_index.json: _class_name is {pipeline}; one of {', '.join(PIPELINES)} is needed")
+    chosen = choose(list_folder(folder), "checkpoint", variant)
+    unet = read_json(folder / "unet" / "config.json")
+    own = read_json(folder / "profile.json") if "profile.json" in chosen else {}
+    named = family or own.get("family")
+    found = str(named) if named else _family(pipeline, unet)
+    try:
+        said = Profile.model_validate({key: value for key, value in own.items() if key in Profile.model_fields})
+    except ValidationError as error:
+        raise InvalidModel(f"profile.json: {error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}") from error
+    profile = profile_of(found, pipeline, said.model_dump(), changes or {})
+    profile["cross_attention_dim"] = unet.get("cross_attention_dim")
+    return _found(folder, chosen, found, profile)
+
+
+def read_vae(folder: Path, *, family: str | None = None, variant: str | None = None) -> FoundModel:
+    """A VAE's diffusers folder; `family` is the one whose latents it decodes, told by scaling_factor where it can be.
 
     Raises InvalidModel with the file and the reason.
     """
-    index = _json(folder / "model_index.json")
-    kind = index.get("_class_name")
-    if kind not in FAMILIES:
-        raise InvalidModel(f"{folder}/model_index.json: _class_name is {kind}; one of {', '.join(FAMILIES)} is needed")
-    weights = [folder / part for part in ("unet", "vae", "text_encoder")]
-    for part in weights:
-        if not any(part.glob("*.safetensors")):
-            pickled = [path.name for path in part.glob("*.bin")]
-            hint = f" ({', '.join(pickled)} is a pickle, which is never loaded)" if pickled else ""
-            raise InvalidModel(f"{part}: there is no .safetensors file{hint}")
-    unet = _json(folder / "unet" / "config.json")
-    family = FAMILIES[kind]
-    own = _json(folder / "profile.json") if (folder / "profile.json").exists() else {}
-    family = str(own.pop("family", family))
-    profile = {
-        **PROFILES.get(family, PROFILES["sd15"]),
-        "cross_attention_dim": unet.get("cross_attention_dim"),
-        **own,
-    }
-    return _found(folder, sorted(_checkpoint_files(folder)), family, profile)
+    config = read_json(folder / "config.json")
+    kind = str(config.get("_class_name"))
+    if kind not in VAE_CLASSES:
+        raise InvalidModel(f"config.json: _class_name is {kind}; one of {', '.join(VAE_CLASSES)} is needed")
+    told = VAE_SCALES.get(config.get("scaling_factor", 0.18215)) if kind == "AutoencoderKL" else None
+    if family is None and told is None:
+        raise InvalidModel("config.json: does not say whose latents this VAE decodes; name the family")
+    if family is not None and told is not None and family not in {told, *_others(told)}:
+        raise InvalidModel(f"config.json: scaling_factor is that of {told}, not of {family}")
+    chosen = choose(list_folder(folder), "vae", variant)
+    return _found(folder, chosen, str(family or told), {"tiny": kind == "AutoencoderTiny"})
 
 
 def read_adapter(path: Path) -> FoundModel:
-    """A LoRA file. Its cross-attention width goes into the profile: it tells which checkpoints the file fits.
+    """A LoRA file or PEFT folders. Its cross-attention width goes into the profile: it hints at the checkpoints it fits.
 
-    Raises InvalidModel with file, key and reason.
+    Raises InvalidModel with file, key and reason for what no checkpoint could take; the rest is found with torch.
     """
-    if path.suffix != ".safetensors" or not path.is_file():
-        raise InvalidModel(f"{path}: a LoRA is one .safetensors file")
-    header = read_header(path)
-    keys = [key for key in header if key != "__metadata__"]
-    for key in keys:
-        if "lora_magnitude_vector" in key or "dora_scale" in key:
-            raise InvalidModel(f"{path}: {key}: DoRA is not supported")
-        if any(part in key for part in ("hada_", "lokr_")):
-            raise InvalidModel(f"{path}: {key}: LoHa and LoKr are not supported")
-    downs = [key for key in keys if key.endswith(LORA_DOWN)]
-    if not downs:
-        raise InvalidModel(f"{path}: no LoRA weights found (keys ending in {', '.join(LORA_DOWN)})")
-    crossing = [key for key in downs if "attn2" in key and ("to_k" in key or "to_v" in key)]
-    profile = {"cross_attention_dim": header[crossing[0]]["shape"][1]} if crossing else {}
-    return _found(path.parent, [path], "", profile)
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise InvalidModel(f"{path.name}: a LoRA is a .safetensors file or a PEFT folder")
+        root, chosen = path.parent, {path.name: "adapter.safetensors"}
+    else:
+        root, chosen = path, choose(list_folder(path), "style")
+    headers = {name: read_header(root / name) for name in chosen if name.endswith(".safetensors")}
+    for name, header in headers.items():
+        if not any(LORA.search(key) for key in header.tensors):
+            raise InvalidModel(f"{name}: no LoRA weights found (keys ending in {', '.join(LORA_DOWN)})")
+    return _found(root, chosen, "", _widths(headers.values()))
 
 
-def read_header(path: Path) -> dict[str, Any]:
-    """The header of a safetensors file: tensor name to dtype, shape and offsets, checked against the file's size.
+def read_original(path: Path) -> FoundModel:
+    """A checkpoint or VAE in the original one-file layout, as it is: a worker makes a diffusers folder of it."""
+    read_header(path)
+    return _found(path.parent, {path.name: path.name}, "", {})
 
-    Raises InvalidModel when the file is not what it says it is.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-            raise InvalidModel(f"{path}: not a safetensors file (its header would be {length} bytes)")
-        raw = file.read(length)
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a small file. Raises InvalidModel."""
     try:
-        header: dict[str, Any] = json.loads(raw)
-        ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise InvalidModel(f"{path}: the safetensors header cannot be read: {error!r}") from error
-    if max(ends, default=0) != size - 8 - length:
-        raise InvalidModel(f"{path}: the file is cut off or padded: its header does not match its size")
-    return header
+        if path.stat().st_size > SMALL_BYTES:
+            raise InvalidModel(f"{path.name}: {path.stat().st_size} bytes are too many for a configuration")
+        value = orjson.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise InvalidModel(f"{path.parent.name}/{path.name}: this file is missing; a diffusers folder has it") from error
+    except ValueError as error:
+        raise InvalidModel(f"{path.parent.name}/{path.name}: not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InvalidModel(f"{path.parent.name}/{path.name}: a JSON object is expected")
+    return value
 
 
-def _checkpoint_files(folder: Path) -> Iterator[Path]:
-    for name in ("model_index.json", "profile.json"):
-        if (folder / name).exists():
-            yield folder / name
+def _family(pipeline: str, unet: dict[str, Any]) -> str:
+    try:
+        return family_of(pipeline, unet)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InvalidModel(f"unet/config.json: not a UNet's configuration: {error}") from error
+
+
+def _others(latents: str) -> tuple[str, ...]:
+    """Further families whose latents are the same."""
+    return ("ssd-1b",) if latents == "sdxl" else ()
+
+
+def _checkpoint_files(listing: Mapping[str, int], variant: str | None) -> dict[str, str]:
+    if "model_index.json" not in listing:
+        raise InvalidModel("model_index.json: this file is missing; a checkpoint is a diffusers folder or one file")
+    chosen = {name: name for name in ("model_index.json", "profile.json") if name in listing}
     for part in COMPONENTS:
-        for path in (folder / part).glob("*"):
-            if path.is_file() and path.suffix in SUFFIXES:
-                if path.suffix == ".safetensors":
-                    read_header(path)
-                yield path
+        small = [path for path in listing if path.startswith(f"{part}/") and path.count("/") == 1]
+        with_weights = part in {"unet", "vae"} or part.startswith("text_encoder")
+        if with_weights and (small or part in {"unet", "vae", "text_encoder"}):
+            chosen |= _weights(listing, f"{part}/", variant)
+        for path in small:
+            if path.endswith(SMALL_SUFFIXES) and ".index" not in path:
+                chosen[path] = path
+    return chosen
 
 
-def _found(root: Path, paths: list[Path], family: str, profile: dict[str, Any]) -> FoundModel:
+def _weights(listing: Mapping[str, int], folder: str, variant: str | None) -> dict[str, str]:
+    """The weight files of one component. A single file of a variant is stored under the plain name."""
+    matches = {
+        path: match
+        for path in listing
+        if path.startswith(folder) and (match := WEIGHTS.fullmatch(path.removeprefix(folder)))
+    }
+    by_variant: dict[str | None, dict[str, str]] = {}
+    for path, match in matches.items():
+        found = match["variant"] or match["index"]
+        plain = path.replace(f".{found}.safetensors", ".safetensors") if match["variant"] else path
+        by_variant.setdefault(found, {})[path] = plain
+    offered = {name for name, files in by_variant.items() if any(path.endswith(".safetensors") for path in files)}
+    if not offered:
+        pickled = [path for path in listing if path.startswith(folder) and path.endswith(PICKLES)]
+        hint = f" ({', '.join(pickled[:3])} is a pickle, which is never loaded)" if pickled else ""
+        raise InvalidModel(f"{folder or './'}: there is no .safetensors file{hint}")
+    wanted = variant if variant in offered else (None if None in offered else min(name or "" for name in offered))
+    return by_variant[wanted]
+
+
+def _adapter_files(listing: Mapping[str, int]) -> dict[str, str]:
+    """PEFT folders by part, one PEFT folder, or the one file there is."""
+    chosen: dict[str, str] = {}
+    for part in ("", *(f"{part}/" for part in ADAPTER_PARTS)):
+        mine = [path for path in listing if path.startswith(part) and "/" not in path.removeprefix(part)]
+        if f"{part}adapter_config.json" in mine or part:
+            weights = [path for path in mine if path.endswith(".safetensors")]
+            if mine and len(weights) != 1:
+                raise InvalidModel(f"{part or './'}: holds {len(weights)} .safetensors files, one is expected")
+            chosen |= {path: path for path in mine if path in weights or path.endswith("adapter_config.json")}
+    if chosen:
+        return chosen
+    files = [path for path in listing if path.endswith(".safetensors") and "/" not in path]
+    if len(files) == 1:
+        return {files[0]: "adapter.safetensors"}
+    if files:
+        raise InvalidModel(f"there are {len(files)} .safetensors files ({', '.join(files[:4])}): name the one you mean")
+    pickled = [path for path in listing if path.endswith(PICKLES)]
+    hint = f"; {pickled[0]} is a pickle, which is never loaded" if pickled else ""
+    raise InvalidModel(f"there is no .safetensors file and no PEFT folder{hint}")
+
+
+def _widths(headers: Iterable[Header]) -> dict[str, Any]:
+    for header in headers:
+        for key, tensor in header.tensors.items():
+            if key.endswith(LORA_DOWN) and "attn2" in key and ("to_k" in key or "to_v" in key) and len(tensor.shape) > 1:
+                return {"cross_attention_dim": tensor.shape[1]}
+    return {}
+
+
+def _found(root: Path, chosen: Mapping[str, str], family: str, profile: dict[str, Any]) -> FoundModel:
     files = []
-    for path in paths:
+    for name, inside in sorted(chosen.items(), key=lambda pair: pair[1]):
+        path = root / PurePosixPath(name)
+        if path.suffix == ".safetensors":
+            read_header(path)
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        inside = str(path.relative_to(root)) if len(paths) > 1 else "adapter.safetensors"
         files.append(FoundFile(inside, path, digest, path.stat().st_size))
     listing = orjson.dumps({file.path: file.sha256 for file in files}, option=orjson.OPT_SORT_KEYS)
     total = sum(file.bytes for file in files)
-    source = {"name": root.name if len(paths) > 1 else paths[0].name}
+    source = {"name": root.name if len(files) > 1 else Path(next(iter(chosen))).name}
+    if len(files) == 1:
+        source["sha256"] = files[0].sha256
     return FoundModel(hashlib.sha256(listing).hexdigest(), family, total, tuple(files), profile, source)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise InvalidModel(f"{path}: this file is missing; a diffusers folder has it") from error
-    except ValueError as error:
-        raise InvalidModel(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise InvalidModel(f"{path}: a JSON object is expected")
-    return value

@@ -1,13 +1,16 @@
 """Counting prompt tokens as CLIP does, without torch."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
+from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 # CLIP's own splitting rule (openai/CLIP, simple_tokenizer.py).
 CLIP_PATTERN = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
+
+CLIP_MERGES = Path(__file__).parent / "assets" / "families" / "clip-merges.txt"
 
 UNKNOWN = "<|endoftext|>"
 """CLIP uses its end mark for what it does not know; byte-level pieces leave nothing unknown."""
@@ -50,6 +53,26 @@ class TokenCounter:
         tokenizer.no_truncation()
         _loaded[checkpoint] = tokenizer
         return tokenizer
+
+
+def clip_vocabulary() -> tuple[dict[str, int], str]:
+    """OpenAI CLIP's vocabulary and merges, which SD 1.5, SDXL and SSD-1B use: `vocab.json` (decoded), `merges.txt`.
+
+    The vocabulary follows from the merges as in openai/CLIP, simple_tokenizer.py: bytes, bytes at a word's end, merged
+    pairs in order, start and end mark.
+    """
+    merges = CLIP_MERGES.read_text("utf-8")
+    bytes_ = list(_byte_letters())
+    pairs = ["".join(line.split()) for line in merges.splitlines()[1:]]
+    words = [*bytes_, *(letter + "</w>" for letter in bytes_), *pairs, "<|startoftext|>", "<|endoftext|>"]
+    return {word: number for number, word in enumerate(words)}, merges
+
+
+def _byte_letters() -> Iterator[str]:
+    """A printable letter for each of the 256 bytes, in the order that OpenAI's byte-level vocabularies begin with."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    yield from map(chr, printable)
+    yield from (chr(256 + number) for number in range(256 - len(printable)))
 
 
 def clip_tokenizer(vocab: dict[str, int], merges: str) -> Tokenizer:

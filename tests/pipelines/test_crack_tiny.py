@@ -11,7 +11,7 @@ from diffusers import LCMScheduler, StableDiffusionPipeline
 import farm
 from farm.recipe import Recipe
 from workers.pipelines.engine import Engine
-from workers.pipelines.safefile import read_header
+from farm.safefile import read_header
 
 from .conftest import farm_settings, go_on
 

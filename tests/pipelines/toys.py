@@ -99,21 +99,22 @@ def sd(folder: Path, seed: int = 0) -> Path:
     return folder / "checkpoint"
 
 
-def sdxl(folder: Path) -> Path:
+def sdxl(folder: Path, **changes: Any) -> Path:
     """A StableDiffusionXLPipeline folder: two text encoders, linear projections, time ids."""
     torch.manual_seed(1)
     reader = tokenizer(folder / "letters")
     second = text_config(reader, 24)
-    wide = unet(
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=WIDTH + 24,
-        use_linear_projection=True,
-        transformer_layers_per_block=(1, 2),
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=6 * 8 + 24,
-    )
+    options: dict[str, Any] = {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "cross_attention_dim": WIDTH + 24,
+        "use_linear_projection": True,
+        "transformer_layers_per_block": (1, 2),
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 6 * 8 + 24,
+    }
+    wide = unet(**{**options, **changes})
     pipeline = StableDiffusionXLPipeline(
         vae=vae(force_upcast=True),
         text_encoder=CLIPTextModel(text_config(reader)),
@@ -126,6 +127,16 @@ def sdxl(folder: Path) -> Path:
     )
     pipeline.save_pretrained(folder / "checkpoint", safe_serialization=True)
     return folder / "checkpoint"
+
+
+def ssd1b(folder: Path) -> Path:
+    """The same with SSD-1B's pruning: fewer transformers, not the same number everywhere, none in the middle."""
+    return sdxl(
+        folder,
+        mid_block_type="UNetMidBlock2D",
+        transformer_layers_per_block=[1, [1, 2]],
+        reverse_transformer_layers_per_block=[[1, 2, 3], 1],
+    )
 
 
 Changes = Mapping[str, tuple[Tensor, Tensor, float]]

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from farm.errors import InvalidModel
-from workers.pipelines.safefile import Header, TensorInfo, read_header
+from farm.safefile import Header, TensorInfo, read_header
 
 MAX_RANK = 512
 NUMBER_TYPES = frozenset({"F16", "BF16", "F32", "F64"})

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from farm.errors import InvalidModel
 from workers.pipelines.merge import Merger
 from workers.pipelines.prompts import PromptCache
-from workers.pipelines.safefile import read_header
+from farm.safefile import read_header
 from workers.pipelines.targets import target_modules
 
 if constants.DIFFUSERS_DISABLE_REMOTE_CODE is not True:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from farm.errors import InvalidModel
-from workers.pipelines.safefile import HEADER_LIMIT, TensorInfo, read_header
+from farm.safefile import HEADER_LIMIT, TensorInfo, read_header
 
 GOOD = save({"a": torch.ones(2, 3), "b": torch.ones(4, dtype=torch.float16)}, {"made_by": "test"})
 

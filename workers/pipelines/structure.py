@@ -1,0 +1,116 @@
+"""The layers of a checkpoint, from its configuration alone: modules without numbers (torch's `meta` device)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from farm import families
+from farm.errors import InvalidModel
+from farm.modelfiles import read_json
+from farm.safefile import read_header
+from workers.pipelines.targets import target_modules
+
+TEXT = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+VAES = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
+DIFFUSERS_PARTS = ("unet", "vae")
+ADAPTABLE = ("unet", "text_encoder", "text_encoder_2")
+
+ATTENTION_2022 = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+"""How the attention of early VAE files is spelt; diffusers still reads it."""
+UNUSED_TEXT = ("position_ids", "logit_scale")
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def part_of(part: str, config: Mapping[str, Any]) -> Any:
+    """One part of a pipeline without numbers. Raises InvalidModel for a configuration that makes none."""
+    body = dict(config)
+    try:
+        with torch.device("meta"):
+            if part == "unet":
+                return UNet2DConditionModel.from_config(body).eval()
+            if part == "vae":
+                return VAES[str(body.get("_class_name"))].from_config(body).eval()
+            return TEXT[part](CLIPTextConfig(**body)).eval()
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        raise InvalidModel(f"{part}/config.json: makes no model: {said}") from error
+
+
+def shapes_of(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[int, ...]]:
+    """Canonical weight name -> shape, for every weight an adapter may touch. `configs` by part."""
+    parts = {part: part_of(part, configs[part]) for part in ADAPTABLE if part in configs}
+    return {name: tuple(module.weight.shape) for name, module in target_modules(parts).items()}  # type: ignore[union-attr]
+
+
+@lru_cache(maxsize=8)
+def known_shapes(family: str) -> Shapes:
+    """The same for a family the farm knows by heart."""
+    return shapes_of(families.template(family))
+
+
+def folder_shapes(folder: Path) -> Shapes:
+    """The same for a checkpoint's folder; its weights are not read. Raises InvalidModel."""
+    return shapes_of({part: read_json(folder / part / "config.json") for part in _parts(folder, ADAPTABLE)})
+
+
+def check_weights(folder: Path) -> None:
+    """Every weight that the configurations ask for is there with its shape, and none besides.
+
+    Stock loading fills a missing weight with random numbers and a warning. Raises InvalidModel with file, key, reason.
+    """
+    for part in _parts(folder, (*DIFFUSERS_PARTS, *TEXT)):
+        check_part(folder / part, part)
+
+
+def check_part(folder: Path, part: str) -> None:
+    """The same for one part's folder."""
+    expected = {_plain(part, key): tuple(value.shape) for key, value in _state(folder, part)}
+    found: dict[str, str] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        name = f"{folder.name}/{path.name}"
+        for key, tensor in read_header(path).tensors.items():
+            plain = _plain(part, key)
+            if part in TEXT and plain.endswith(UNUSED_TEXT):
+                continue
+            if plain not in expected:
+                raise InvalidModel(f"{name}: {key}: the configuration has no such weight")
+            if _flat(part, tensor.shape) != _flat(part, expected[plain]):
+                told = f"shape {tensor.shape}, the configuration asks for {expected[plain]}"
+                raise InvalidModel(f"{name}: {key}: {told}")
+            found[plain] = name
+    missing = expected.keys() - found.keys()
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise InvalidModel(f"{folder.name}: {min(missing)}: this weight is missing{more}")
+
+
+def _parts(folder: Path, of: tuple[str, ...]) -> Iterator[str]:
+    return (part for part in of if (folder / part).is_dir())
+
+
+def _state(folder: Path, part: str) -> Any:
+    return part_of(part, read_json(folder / "config.json")).state_dict().items()
+
+
+def _plain(part: str, key: str) -> str:
+    """One spelling for keys that libraries have spelt in several."""
+    if part in TEXT:
+        return key.removeprefix("text_model.")
+    if part == "vae" and ".attentions." in key:
+        head, _, tail = key.rpartition(".")
+        before, _, last = head.rpartition(".")
+        return f"{before}.{ATTENTION_2022.get(last, last)}.{tail}"
+    return key
+
+
+def _flat(part: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Early VAE files hold the linear layers of their attention as 1x1 convolutions."""
+    return shape[:2] if part == "vae" and shape[2:] == (1, 1) else shape
