@@ -39,4 +39,16 @@ BATCH: dict[str, Any] = {
 
 NDJSON = '{"prompt": "A single split crack on a concrete wall"}\n{"prompt": "A brick wall", "steps": 8}\n'
 
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+CHECKPOINT: dict[str, Any] = {
+    "name": "sdxl",
+    "source": f"hf:stabilityai/stable-diffusion-xl-base-1.0@{COMMIT}",
+    "variant": "fp16",
+    "profile": {"vae": "sdxl-vae-fp16-fix"},
+}
+VAE: dict[str, Any] = {"name": "sdxl-vae-fp16-fix", "source": f"hf:madebyollin/sdxl-vae-fp16-fix@{COMMIT}"}
+ACCELERATION: dict[str, Any] = {"name": "lcm-lora-sdxl", "source": f"hf:latent-consistency/lcm-lora-sdxl@{COMMIT}"}
+STYLE: dict[str, Any] = {"name": "rust", "source": "s3://loras/rust.safetensors", "family": "sdxl"}
+
 KEY: dict[str, Any] = {"name": "importer", "project": "default", "scopes": ["jobs:read", "jobs:write"]}

@@ -16,7 +16,21 @@ from api import errors, openapi
 from api.auth import Authenticator
 from api.deps import Farm, refuse_unknown_query
 from api.middleware import API, Authentication, BodyLimit, RequestLog
-from api.routes import adapters, batches, checkpoints, events, health, images, jobs, keys, queue, version, workers
+from api.routes import (
+    adapters,
+    batches,
+    checkpoints,
+    events,
+    health,
+    images,
+    jobs,
+    keys,
+    queue,
+    registrations,
+    vaes,
+    version,
+    workers,
+)
 from farm import doorbell, logs
 from farm.catalogue import Kept
 from farm.db import Database
@@ -26,7 +40,21 @@ from farm.settings import Settings
 from farm.settings import settings as read_settings
 from farm.storage import Store
 
-NOUNS = (jobs, images, batches, events, checkpoints, adapters, workers, queue, keys, health, version)
+NOUNS = (
+    jobs,
+    images,
+    batches,
+    events,
+    checkpoints,
+    adapters,
+    vaes,
+    registrations,
+    workers,
+    queue,
+    keys,
+    health,
+    version,
+)
 
 log = get_logger(__name__)
 

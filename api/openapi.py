@@ -11,7 +11,7 @@ from api import parameters
 from api.errors import MEDIA_TYPE
 from api.examples import NDJSON
 from api.middleware import OPEN
-from api.schemas import BatchBody, KeyBody, PriorityBody, ProblemDocument
+from api.schemas import AdapterBody, BatchBody, CheckpointBody, KeyBody, PriorityBody, ProblemDocument, VaeBody
 from farm.submission import JobSpec
 
 DESCRIPTION = """\
@@ -19,7 +19,16 @@ Submit jobs, watch batches, fetch pictures. Every route but the health checks ne
 `Authorization: Bearer <key>` or `X-API-Key: <key>`. Errors are problem documents (RFC 9457) with a stable `code`.
 """
 
-DOCUMENTED: tuple[type[BaseModel], ...] = (BatchBody, JobSpec, KeyBody, PriorityBody, ProblemDocument)
+DOCUMENTED: tuple[type[BaseModel], ...] = (
+    AdapterBody,
+    BatchBody,
+    CheckpointBody,
+    JobSpec,
+    KeyBody,
+    PriorityBody,
+    ProblemDocument,
+    VaeBody,
+)
 """Models that no route's signature names."""
 
 PROBLEMS = {

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, SkipValidation, field_validator
 
 from farm.errors import InvalidRequest
+from farm.families import Profile
 from farm.fields import Labels, Moment
 from farm.states import JobState
 
@@ -60,6 +61,35 @@ class KeyBody(Body):
         if value is not None and value <= datetime.now(tz=value.tzinfo):
             raise ValueError("must lie in the future")
         return value
+
+
+class ModelBody(Body):
+    """A model to register. `source` is `hf:owner/name@<40 hex digits>[/folder or file.safetensors]` or
+    `s3://bucket/prefix or key.safetensors`."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+    source: Annotated[Text, Field(min_length=1, max_length=1000)]
+    family: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")] | None = None
+
+
+class CheckpointBody(ModelBody):
+    """A checkpoint to register. `variant` picks among the number types a folder offers, such as `fp16`; `profile`
+    changes what the family's profile says."""
+
+    variant: Annotated[str, Field(pattern=r"^\w{1,30}$")] | None = None
+    profile: Profile = Profile()
+
+
+class VaeBody(ModelBody):
+    """A VAE to register. `family` is the one whose latents it decodes, where its configuration does not tell."""
+
+    variant: Annotated[str, Field(pattern=r"^\w{1,30}$")] | None = None
+
+
+class AdapterBody(ModelBody):
+    """A LoRA to register. Without `kind` it is a style, unless the farm knows the repository for an acceleration."""
+
+    kind: Literal["style", "acceleration"] | None = None
 
 
 def _pair(value: str) -> str:

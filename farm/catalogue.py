@@ -8,14 +8,15 @@ from typing import Any, Protocol
 from uuid import UUID
 
 import orjson
-from sqlalchemy import Connection
+from sqlalchemy import Connection, RowMapping
 
-from farm.errors import Conflict, InvalidModel, NotFound, Problem
+from farm.errors import Conflict, NotFound, Problem
+from farm.families import latents_of
 from farm.modelfiles import FoundModel, read_adapter, read_checkpoint
 from farm.queries import models as rows
 from farm.recipe import IN_PIPELINE_KEY, AdapterUse, adapter_set_of, digest, lane_of, normal
 from farm.tokens import TokenCounter
-from farm.views import AdapterView, CheckpointView
+from farm.views import AdapterView, CheckpointView, VaeView
 
 DEFAULT_CHECKPOINT = "crack-tiny"
 DEFAULT_ACCELERATION = "crack-tiny-lcm"
@@ -23,6 +24,13 @@ ASSETS = Path(__file__).parent / "assets" / "crack-tiny"
 
 CONTENT_TOKENS = 75
 """CLIP reads 77 tokens, its start and end marks among them."""
+ADAPTERS = ("acceleration", "style")
+EVERY = ("checkpoint", "vae", *ADAPTERS)
+ORIGIN = ("source", "revision", "file_sha256")
+"""What a registered model knows of its origin, as far as pictures tell it on."""
+OWN, TINY = "own", "tiny"
+"""What a job may name as its VAE besides registered ones: the checkpoint's own, and the small fast one."""
+
 TEACHER_STEPS = 25
 TEACHER_GUIDANCE = 7.5
 
@@ -65,6 +73,7 @@ class Catalogue:
 
     checkpoints: Mapping[str, CheckpointView]
     adapters: Mapping[str, AdapterView]
+    vaes: Mapping[str, VaeView] = field(default_factory=dict)
     tokens: Callable[[str, str], int | None] = field(default=lambda _checkpoint, _prompt: None)
 
     def too_long(self, checkpoint: str, prompt: str) -> bool:
@@ -85,6 +94,7 @@ class Catalogue:
         steps: int | None,
         guidance_scale: float | None,
         scheduler: str | None,
+        vae: str | None = None,
     ) -> Resolved | list[Problem]:
         """Names to hashes and defaults from the profile, or every problem found."""
         base = self.checkpoints.get(checkpoint)
@@ -95,6 +105,7 @@ class Catalogue:
         uses = self._uses(adapters, base, problems)
         accelerated = acceleration == "lcm-lora"
         accelerator = self._accelerator(base, problems) if accelerated else None
+        decoder = self._vae(vae or profile.get("vae") or OWN, base, problems)
         if accelerated and scheduler not in (None, "lcm"):
             problem = f"acceleration lcm-lora needs scheduler lcm, not {scheduler}; or set acceleration to none"
             problems.append({"field": "scheduler", "problem": problem})
@@ -120,6 +131,8 @@ class Catalogue:
             "checkpoint": base.hash,
             "adapters": uses,
         }
+        if decoder is not None:
+            body["vae"] = decoder.hash
         if accelerator is not None:
             body["acceleration"] = AdapterUse(hash=accelerator.hash, weight=1.0).model_dump()
         warnings = []
@@ -127,11 +140,15 @@ class Catalogue:
             warnings.append("LCM-LoRA tends to oversaturate beyond 8 steps")
         if accelerated and body["guidance_scale"] > 2.5:
             warnings.append("LCM-LoRA is made for guidance_scale 1.0 to 2.5")
-        names = {
+        named = [self.adapters[name] for name, _ in adapters]
+        names: dict[str, Any] = {
             "checkpoint": base.name,
             "adapters": [{"name": name, "weight": normal(weight)} for name, weight in adapters],
             "acceleration": acceleration,
+            "models": _origins(base, decoder, accelerator, *named),
         }
+        if decoder is not None:
+            names["vae"] = decoder.name
         return Resolved(
             body=body,
             lane=lane_of(body),
@@ -162,6 +179,24 @@ class Catalogue:
                 uses.append(AdapterUse(hash=adapter.hash, weight=weight).model_dump())
         return sorted(uses, key=lambda use: str(use["hash"]))
 
+    def _vae(self, name: str, base: CheckpointView, problems: list[Problem]) -> VaeView | None:
+        latents = latents_of(base.family)
+        if name == OWN:
+            return None
+        if name == TINY:
+            fitting = [vae for vae in self.vaes.values() if vae.tiny and vae.family == latents]
+            if fitting:
+                return min(fitting, key=lambda vae: vae.created_at)
+            problem = f"there is no tiny VAE for family {latents}: add one with farm models add"
+        elif (found := self.vaes.get(name)) is None:
+            problem = _unknown("VAE", name, {**self.vaes, OWN: None, TINY: None})
+        elif found.family != latents:
+            problem = f"{name} decodes latents of {found.family}, but {base.name} makes those of {latents}"
+        else:
+            return found
+        problems.append({"field": "vae", "problem": problem})
+        return None
+
     def _accelerator(self, base: CheckpointView, problems: list[Problem]) -> AdapterView | None:
         found = [a for a in self.adapters.values() if a.kind == "acceleration" and a.family == base.family]
         if not found:
@@ -174,19 +209,21 @@ class Catalogue:
 
 def load(conn: Connection, store: ObjectStore | None = None) -> Catalogue:
     """The catalogue as of now. With a store, prompts can be counted in tokens."""
-    checkpoints, adapters = {}, {}
+    checkpoints, adapters, vaes = {}, {}, {}
     for row in rows.available(conn):
         if row["kind"] == "checkpoint":
             checkpoints[row["name"]] = CheckpointView(**row)
+        elif row["kind"] == "vae":
+            vaes[row["name"]] = _vae_view(row)
         else:
             adapters[row["name"]] = AdapterView(**row)
     if store is None:
-        return Catalogue(checkpoints, adapters)
+        return Catalogue(checkpoints, adapters, vaes)
     tokenizers = rows.tokenizer_files(conn, [view.hash for view in checkpoints.values()])
     keys: dict[str, dict[str, str]] = {}
     for row in tokenizers:
         keys.setdefault(row["hash"], {})[row["path"]] = row["key"]
-    return Catalogue(checkpoints, adapters, TokenCounter(keys, store.get).count)
+    return Catalogue(checkpoints, adapters, vaes, TokenCounter(keys, store.get).count)
 
 
 class Kept:
@@ -213,7 +250,12 @@ def list_checkpoints(conn: Connection) -> list[CheckpointView]:
 
 def list_adapters(conn: Connection) -> list[AdapterView]:
     """Every registered adapter, by name."""
-    return [AdapterView(**row) for row in rows.every(conn, ["acceleration", "style"])]
+    return [AdapterView(**row) for row in rows.every(conn, ADAPTERS)]
+
+
+def list_vaes(conn: Connection) -> list[VaeView]:
+    """Every registered VAE, by name."""
+    return [_vae_view(row) for row in rows.every(conn, ["vae"])]
 
 
 def files(conn: Connection, content_hash: str) -> list[ModelFile]:
@@ -224,38 +266,41 @@ def files(conn: Connection, content_hash: str) -> list[ModelFile]:
     return found
 
 
-def add_checkpoint(conn: Connection, store: ObjectStore, name: str, folder: Path) -> CheckpointView:
-    """Store a diffusers folder under a name. Raises InvalidModel (file and reason) or Conflict (name taken)."""
-    return CheckpointView(**_add(conn, store, name, "checkpoint", read_checkpoint(folder)))
-
-
-def add_adapter(
-    conn: Connection, store: ObjectStore, name: str, path: Path, kind: str = "style", family: str | None = None
-) -> AdapterView:
-    """Store a LoRA file under a name. Without `family`, the file's widths tell which checkpoints it fits.
-
-    Raises InvalidModel with file, key and reason, Conflict if the name is taken.
-    """
-    found = read_adapter(path)
-    fitting = sorted(
-        {
-            view.family
-            for view in list_checkpoints(conn)
-            if view.profile.get("cross_attention_dim") == found.profile.get("cross_attention_dim")
-        }
+def put_files(conn: Connection, found: FoundModel) -> bool:
+    """Write down where the files of a model will lie, before they are uploaded; answers whether the content is new."""
+    return rows.insert_files(
+        conn, found.hash, [ModelFile(f.path, key_of(f.sha256), f.sha256, f.bytes) for f in found.files]
     )
-    if family is None and len(fitting) != 1:
-        hint = f"it fits {', '.join(fitting)}" if fitting else "no registered checkpoint has its widths"
-        raise InvalidModel(f"{path}: cannot tell the base family ({hint}); name it with --family")
-    if family is not None and fitting and family not in fitting:
-        raise InvalidModel(f"{path}: its widths are those of {', '.join(fitting)}, not of {family}")
-    return AdapterView(**_add(conn, store, name, kind, found.of_family(family or fitting[0])))
+
+
+def upload_files(store: ObjectStore, found: FoundModel) -> None:
+    """Put the files of a model into the store, each under its own hash: one that is there already is not sent again."""
+    for file in found.files:
+        key = key_of(file.sha256)
+        if not store.exists(key):
+            store.put(key, file.source, "application/octet-stream", file.sha256)
+
+
+def publish(conn: Connection, *, name: str, kind: str, found: FoundModel) -> None:
+    """Give a stored content a name that jobs may use. Raises Conflict if the name is taken."""
+    if rows.insert(conn, name=name, kind=kind, found=found) is None:
+        raise Conflict(f"the name {name} is taken; remove it first or choose another")
+
+
+def is_taken(conn: Connection, name: str) -> bool:
+    """Whether a model has this name."""
+    return any(row["name"] == name for row in rows.every(conn, EVERY))
+
+
+def key_of(sha256: str) -> str:
+    """The object key of a model's file."""
+    return f"models/{sha256[:2]}/{sha256}"
 
 
 def remove(conn: Connection, name: str) -> None:
     """Forget a name. Accepted jobs keep rendering: they hold the content hash. Raises NotFound."""
     if not rows.remove(conn, name):
-        known = [row["name"] for row in rows.every(conn, ["checkpoint", "acceleration", "style"])]
+        known = [row["name"] for row in rows.every(conn, EVERY)]
         raise NotFound(_unknown("model", name, known))
 
 
@@ -270,25 +315,29 @@ def install_default(conn: Connection, store: ObjectStore) -> None:
     styles = sorted(ASSETS.glob("style-*.safetensors"))
     files += [(f"{DEFAULT_CHECKPOINT}-{path.stem.removeprefix('style-')}", "style", path) for path in styles]
     wanted += [(name, kind, read_adapter(path).of_family(base.family)) for name, kind, path in files]
-    present = {row["name"]: row["hash"] for row in rows.every(conn, ["checkpoint", "acceleration", "style"])}
+    present = {row["name"]: row["hash"] for row in rows.every(conn, EVERY)}
     for name, kind, found in wanted:
         if present.get(name) != found.hash:
             rows.remove(conn, name)
-            _add(conn, store, name, kind, found)
+            put_files(conn, found)
+            upload_files(store, found)
+            publish(conn, name=name, kind=kind, found=found)
 
 
-def _add(conn: Connection, store: ObjectStore, name: str, kind: str, found: FoundModel) -> Mapping[str, Any]:
-    stored = []
-    for file in found.files:
-        key = f"models/{file.sha256[:2]}/{file.sha256}"
-        if not store.exists(key):
-            store.put(key, file.source, "application/octet-stream", file.sha256)
-        stored.append(ModelFile(file.path, key, file.sha256, file.bytes))
-    rows.insert_files(conn, found.hash, stored)
-    row = rows.insert(conn, name=name, kind=kind, found=found)
-    if row is None:
-        raise Conflict(f"the name {name} is taken; remove it first or choose another")
-    return dict(row)
+def _vae_view(row: RowMapping) -> VaeView:
+    return VaeView(**row, tiny=bool(row["profile"].get("tiny")))
+
+
+def _origins(*models: CheckpointView | AdapterView | VaeView | None) -> list[dict[str, Any]]:
+    """What a picture's metadata says of the registered models behind it: name, sha256, and where they came from.
+
+    The model that comes with the package came from nowhere else; its sha256 stands in the recipe like everybody's.
+    """
+    return [
+        {"name": model.name, "sha256": model.hash, **{key: model.source[key] for key in ORIGIN if key in model.source}}
+        for model in models
+        if model is not None and "source" in model.source
+    ]
 
 
 def _unknown(kind: str, name: str, known: Mapping[str, Any] | Sequence[str]) -> str:

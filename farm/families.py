@@ -43,7 +43,7 @@ LATENTS = {"sd15": "sd15", "sdxl": "sdxl", "ssd-1b": "sdxl"}
 VAE_SCALES = {0.18215: "sd15", 0.13025: "sdxl"}
 """An AutoencoderKL's scaling_factor tells whose latents it decodes."""
 
-WELL_KNOWN = {
+WELL_KNOWN: dict[str, tuple[Literal["vae", "acceleration"], str]] = {
     "latent-consistency/lcm-lora-sdv1-5": ("acceleration", "sd15"),
     "latent-consistency/lcm-lora-sdxl": ("acceleration", "sdxl"),
     "latent-consistency/lcm-lora-ssd-1b": ("acceleration", "ssd-1b"),

@@ -18,7 +18,7 @@ from farm import doorbell, jobs
 from farm.db import Database
 from farm.errors import FarmError
 from farm.jobs.changing import TURNED_AT_ONCE, turn_cancelled, turn_retried
-from farm.queries import changing, claiming, maintaining, workers
+from farm.queries import changing, claiming, maintaining, registrations, workers
 from farm.settings import Settings
 from farm.storage import Store
 
@@ -159,7 +159,8 @@ class Sweeper:
             keys = maintaining.due_objects(conn, OBJECTS_AT_ONCE)
             if keys:
                 # First the objects, then the rows that remember them: a crash in between only repeats a delete.
-                self.store.delete_many(found for key in keys for found in self._objects_of(key))
+                gone = set(keys) - maintaining.needed_objects(conn, keys)
+                self.store.delete_many(found for key in gone for found in self._objects_of(key))
                 maintaining.forget_objects(conn, keys)
         return len(keys) == OBJECTS_AT_ONCE
 
@@ -172,6 +173,7 @@ class Sweeper:
             if maintaining.try_duty(conn, 6):
                 maintaining.prune(conn, self.settings.idempotency_ttl)
                 workers.prune(conn)
+                registrations.prune(conn)
         return False
 
     def _hangs(self) -> bool:

@@ -37,7 +37,9 @@ WEIGHTS = re.compile(
 )
 
 LORA_DOWN = (".lora_down.weight", ".lora_A.weight", ".lora.down.weight")
-LORA = re.compile(r"\.lora_(down|up|[AB])\b|\.lora\.(down|up)\b|_lora\.(down|up)\b|\.lora_linear_layer\.|hada_|lokr_|dora_")
+LORA = re.compile(
+    r"\.lora_(down|up|[AB])\b|\.lora\.(down|up)\b|_lora\.(down|up)\b|\.lora_linear_layer\.|hada_|lokr_|dora_"
+)
 ORIGINAL_UNET = "model.diffusion_model."
 """How a UNet's keys begin in the original layout, which web UIs read and write."""
 
@@ -122,7 +124,9 @@ def kind_of(path: Path) -> Literal["checkpoint", "original", "vae", "adapter"]:
         return "adapter"
     if any(key.removeprefix("first_stage_model.").startswith("decoder.") for key in keys):
         return "vae"
-    raise InvalidModel(f"{path.name}: neither a checkpoint, a VAE nor an adapter; its first key is {next(iter(keys), '')}")
+    raise InvalidModel(
+        f"{path.name}: neither a checkpoint, a VAE nor an adapter; its first key is {next(iter(keys), '')}"
+    )
 
 
 def read_checkpoint(
@@ -168,7 +172,7 @@ def read_vae(folder: Path, *, family: str | None = None, variant: str | None = N
 
 
 def read_adapter(path: Path) -> FoundModel:
-    """A LoRA file or PEFT folders. Its cross-attention width goes into the profile: it hints at the checkpoints it fits.
+    """A LoRA file or PEFT folders. Its cross-attention width goes into the profile: a hint at the checkpoints it fits.
 
     Raises InvalidModel with file, key and reason for what no checkpoint could take; the rest is found with torch.
     """
@@ -185,10 +189,15 @@ def read_adapter(path: Path) -> FoundModel:
     return _found(root, chosen, "", _widths(headers.values()))
 
 
-def read_original(path: Path) -> FoundModel:
-    """A checkpoint or VAE in the original one-file layout, as it is: a worker makes a diffusers folder of it."""
-    read_header(path)
-    return _found(path.parent, {path.name: path.name}, "", {})
+def read_raw(path: Path, kind: Kind, variant: str | None = None) -> FoundModel:
+    """The files of a model as they lie here, to be sent to a worker, which finds out what they are worth.
+
+    Raises InvalidModel with file and reason for what cannot be a model.
+    """
+    if path.is_file():
+        kind_of(path)
+        return _found(path.parent, {path.name: path.name}, "", {})
+    return _found(path, choose(list_folder(path), kind, variant), "", {})
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -198,7 +207,9 @@ def read_json(path: Path) -> dict[str, Any]:
             raise InvalidModel(f"{path.name}: {path.stat().st_size} bytes are too many for a configuration")
         value = orjson.loads(path.read_bytes())
     except FileNotFoundError as error:
-        raise InvalidModel(f"{path.parent.name}/{path.name}: this file is missing; a diffusers folder has it") from error
+        raise InvalidModel(
+            f"{path.parent.name}/{path.name}: this file is missing; a diffusers folder has it"
+        ) from error
     except ValueError as error:
         raise InvalidModel(f"{path.parent.name}/{path.name}: not valid JSON: {error}") from error
     if not isinstance(value, dict):
@@ -279,7 +290,12 @@ def _adapter_files(listing: Mapping[str, int]) -> dict[str, str]:
 def _widths(headers: Iterable[Header]) -> dict[str, Any]:
     for header in headers:
         for key, tensor in header.tensors.items():
-            if key.endswith(LORA_DOWN) and "attn2" in key and ("to_k" in key or "to_v" in key) and len(tensor.shape) > 1:
+            if (
+                key.endswith(LORA_DOWN)
+                and "attn2" in key
+                and ("to_k" in key or "to_v" in key)
+                and len(tensor.shape) > 1
+            ):
                 return {"cross_attention_dim": tensor.shape[1]}
     return {}
 
@@ -297,5 +313,5 @@ def _found(root: Path, chosen: Mapping[str, str], family: str, profile: dict[str
     total = sum(file.bytes for file in files)
     source = {"name": root.name if len(files) > 1 else Path(next(iter(chosen))).name}
     if len(files) == 1:
-        source["sha256"] = files[0].sha256
+        source["file_sha256"] = files[0].sha256
     return FoundModel(hashlib.sha256(listing).hexdigest(), family, total, tuple(files), profile, source)

@@ -92,6 +92,8 @@ class Settings(BaseSettings):
     """Bytes of weights kept on the device; unset means 80 % of a GPU's memory, or 4 GiB on a CPU."""
     threads: Annotated[int, Field(ge=0)] = 0
     """Threads torch uses on a CPU; 0 leaves torch's own choice."""
+    max_model_bytes: Positive = 64 * 1024**3
+    """Largest checkpoint or adapter that is registered."""
     cache_dir: Path = Path("~/.cache/lcm-farm")
     """Where a worker keeps verified copies of checkpoints and adapters."""
     cache_budget_bytes: Positive = 100 * 1024**3

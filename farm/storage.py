@@ -130,6 +130,18 @@ class Store:
             answer = self._client.list_objects_v2(Bucket=self.bucket, Prefix=prefix)
         return [found["Key"] for found in answer.get("Contents", [])]
 
+    def listing(self, prefix: str, most: int) -> dict[str, int]:
+        """Keys that begin with a prefix -> bytes; `most` at most, one more than that if there are more."""
+        found: dict[str, int] = {}
+        with _translated(prefix):
+            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix)
+            for page in pages:
+                for one in page.get("Contents", []):
+                    found[one["Key"]] = one["Size"]
+                    if len(found) > most:
+                        return found
+        return found
+
     def presign(self, key: str, filename: str, seconds: float | timedelta) -> str:
         """A URL that anyone may GET for `seconds`, saved under `filename`; it names the public endpoint."""
         lasting = seconds.total_seconds() if isinstance(seconds, timedelta) else seconds

@@ -61,6 +61,8 @@ class JobSpec(BaseModel):
     checkpoint: Name | None = None
     adapters: Annotated[list[Annotated[AdapterSpec, at_most(MAX_FIELDS)]], at_most(16), Field(max_length=16)] = []
     acceleration: Literal["lcm-lora", "none"] = "lcm-lora"
+    vae: Name | None = None
+    """A registered VAE, `tiny` (the family's TAESD) or `own` (the checkpoint's own)."""
     width: Annotated[int, Field(ge=8, le=8192, multiple_of=8)] | None = None
     height: Annotated[int, Field(ge=8, le=8192, multiple_of=8)] | None = None
     steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] | None = None
@@ -217,6 +219,7 @@ class _Writer:
             spec.steps,
             spec.guidance_scale,
             spec.scheduler,
+            spec.vae,
         )
         found = self.resolved.get(key)
         if found is None:
@@ -231,6 +234,7 @@ class _Writer:
                 steps=spec.steps,
                 guidance_scale=spec.guidance_scale,
                 scheduler=spec.scheduler,
+                vae=spec.vae,
             )
             self.resolved[key] = found
         return found

@@ -60,6 +60,7 @@ class JobView(View):
     checkpoint: str
     adapters: list[AdapterChoice] = []
     acceleration: Literal["lcm-lora", "none"]
+    vae: str | None = None
     width: int
     height: int
     steps: int
@@ -151,7 +152,8 @@ class WorkerView(View):
 
 
 class CheckpointView(View):
-    """Base weights a job may name. `profile` holds its default size, steps and guidance and its limits."""
+    """Base weights a job may name. `profile` holds its default size, steps and guidance and its limits; `source` where
+    they came from: text, revision, sha256 of a single file."""
 
     name: str
     hash: str
@@ -159,11 +161,26 @@ class CheckpointView(View):
     state: Literal["pending", "available", "refused"]
     bytes: int
     profile: dict[str, Any]
+    source: dict[str, Any] = {}
+    created_at: datetime
+
+
+class VaeView(View):
+    """A VAE a job may name instead of its checkpoint's own. `family` is the one whose latents it decodes; a `tiny` one
+    (TAESD) is also found by `vae: "tiny"`."""
+
+    name: str
+    hash: str
+    family: str
+    state: Literal["pending", "available", "refused"]
+    tiny: bool = False
+    bytes: int
+    source: dict[str, Any] = {}
     created_at: datetime
 
 
 class AdapterView(View):
-    """LoRA weights a job may name."""
+    """LoRA weights a job may name. `source` says where they came from."""
 
     name: str
     hash: str
@@ -171,7 +188,27 @@ class AdapterView(View):
     kind: Literal["acceleration", "style"]
     state: Literal["pending", "available", "refused"]
     bytes: int
+    source: dict[str, Any] = {}
     created_at: datetime
+
+
+class RegistrationView(View):
+    """A model on its way into the farm. `reason` says why it was refused (file, key, what is wrong) or, while it is
+    under way, why the last try failed; `notes` what a person should know about an available one. Sizes in bytes."""
+
+    id: UUID
+    name: str
+    kind: Literal["checkpoint", "vae", "acceleration", "style"]
+    source: str
+    state: Literal["waiting", "fetching", "checking", "storing", "testing", "available", "refused"]
+    reason: str | None = None
+    notes: list[str] = []
+    family: str | None = None
+    hash: str | None = None
+    bytes: int = 0
+    total_bytes: int | None = None
+    created_at: datetime
+    finished_at: datetime | None = None
 
 
 class KeyView(View):

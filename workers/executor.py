@@ -119,6 +119,18 @@ class Executor:
                     self._watcher.ended(claimed, results, monotonic() - started)
         return True
 
+    def try_out(self, recipe: Recipe) -> Pixels:
+        """Render one picture that is no job, between micro-batches: what a model must pass before jobs may name it.
+
+        Raises what staging and rendering raise.
+        """
+        staged = self._renderer.stage([recipe])
+        with self._device:
+            (picture,) = self._renderer.render(staged, [recipe], lambda _step, _steps: ())
+        if picture is None:
+            raise RenderFailed("the pipeline answered no picture")
+        return picture
+
     def _claim(self) -> Claimed | None:
         state = self._renderer.warm_state()
         # Without an answer to our COMMIT the jobs may be ours already: the same id again finds them.

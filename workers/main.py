@@ -32,6 +32,7 @@ from workers.hints import start_listening
 from workers.lease import Lease
 from workers.leaving import Leaving
 from workers.modelstore import ModelStore
+from workers.registering.registrar import Registrar
 from workers.tasks import register
 
 AGAIN_SECONDS = 1.0
@@ -63,13 +64,14 @@ def main(renderer_factory: RendererFactory = engine) -> Exit:
     if not _wait_for_schema(database, leaving):
         return Exit.REFUSED
     store = Store(settings)
-    renderer = renderer_factory(settings, ModelStore(database, store, settings).fetch)
+    models = ModelStore(database, store, settings)
+    renderer = renderer_factory(settings, models.fetch)
     _persist(lambda: _hello(database, settings, worker, renderer.device), leaving)
     lease = Lease(database, settings, worker, leaving, warm=renderer.warm)
     lease.start()
     wrong = _canary(database, renderer, settings)
     if wrong is None:
-        _serve(settings, database, store, renderer, worker, lease, leaving)
+        _serve(settings, database, store, models, renderer, worker, lease, leaving)
     else:
         log.critical("the canary does not sing", wrong=wrong)
         leaving.request(Exit.CANARY, hurry=False)
@@ -83,6 +85,7 @@ def _serve(
     settings: Settings,
     database: Database,
     store: Store,
+    models: ModelStore,
     renderer: Any,
     worker: UUID,
     lease: Lease,
@@ -98,6 +101,8 @@ def _serve(
     feed.start()
     start_listening(settings, lease.beat_soon, leaving.requested)
     start_asking(executor, settings.poll.total_seconds())
+    registrar = Registrar(database, store, models, settings, worker, leaving, executor.try_out)
+    registrar.start()
     # Not in this thread: leaving must not wait for a broker that hangs.
     hearing = Thread(target=hear, args=[app, hostname, leaving], name="celery", daemon=True)
     hearing.start()
@@ -105,6 +110,7 @@ def _serve(
     log.info("ready", pool=settings.pool, device=renderer.device, dtype=renderer.dtype, version=__version__)
     leaving.requested.wait()
     executor.drain()
+    registrar.give_back()
     hearing.join(LAST_WORD_SECONDS)
 
 

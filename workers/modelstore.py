@@ -6,7 +6,7 @@ Processes share the folder. A model appears under its content hash by one rename
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from time import time
@@ -55,6 +55,25 @@ class ModelStore:
                 self._download(files, place)
             os.utime(place)
         return _entry(place)
+
+    def adopt(self, content_hash: str, files: Iterable[tuple[str, Path]]) -> None:
+        """Take over verified files that are on this disk already: (path in the model, where it lies). They are linked
+        or copied, so the originals may go."""
+        place = self._root / _name(content_hash)
+        with self._locked(place.name):
+            if place.is_dir():
+                return
+            unfinished = self._root / f"{place.name}.{uuid4().hex[:8]}.part"
+            try:
+                for inside, source in files:
+                    target = unfinished / _inside(inside)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    _link(source, target)
+                unfinished.rename(place)
+            except OSError as error:
+                raise Unavailable(f"model {place.name} could not be kept in {self._root}: {error}") from error
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)
 
     def _download(self, files: Sequence[ModelFile], place: Path) -> None:
         unfinished = self._root / f"{place.name}.{uuid4().hex[:8]}.part"
@@ -114,6 +133,14 @@ def _inside(path: str) -> PurePosixPath:
     if inside.is_absolute() or ".." in inside.parts or not inside.parts:
         raise InvalidModel(f"a model may not hold a file at {path!r}")
     return inside
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        # Another file system, or one without hard links.
+        shutil.copyfile(source, target)
 
 
 def _entry(place: Path) -> Path:

@@ -71,7 +71,8 @@ def metadata(recipe: Recipe, *, names: Mapping[str, Any], labels: Mapping[str, s
         "farm": __version__,
         "recipe": recipe.model_dump(mode="json", exclude_none=True),
         "recipe_hash": recipe.hash,
-        "names": dict(names),
+        "names": {key: value for key, value in names.items() if key != "models"},
+        "models": names.get("models", []),
         "labels": dict(labels),
     }
     return {"parameters": a1111(recipe, names), "farm": orjson.dumps(full, option=orjson.OPT_SORT_KEYS).decode()}
@@ -89,6 +90,7 @@ def a1111(recipe: Recipe, names: Mapping[str, Any]) -> str:
         "Size": f"{recipe.width}x{recipe.height}",
         "Model hash": recipe.checkpoint[:10],
         "Model": names.get("checkpoint", ""),
+        "VAE": names.get("vae", ""),
         "Acceleration": names.get("acceleration", ""),
         "Version": f"lcm-farm {__version__}",
     }

@@ -1,10 +1,15 @@
-"""Checkpoints a job may name."""
+"""Checkpoints a job may name, and asking for more."""
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Response
 
-from api.deps import ConnDep, ReaderDep
+from api.bodies import JsonBytes, read
+from api.deps import AdminDep, ConnDep, ReaderDep, SettingsDep
+from api.examples import CHECKPOINT
+from api.openapi import body as documented
+from api.registering import ACCEPTED, accepted
+from api.schemas import CheckpointBody
 from farm import catalogue
-from farm.views import CheckpointView, Page
+from farm.views import CheckpointView, Page, RegistrationView
 
 router = APIRouter(prefix="/checkpoints", tags=["models"])
 
@@ -13,3 +18,11 @@ router = APIRouter(prefix="/checkpoints", tags=["models"])
 def list_checkpoints(_: ReaderDep, conn: ConnDep) -> Page[CheckpointView]:
     """Every checkpoint with its profile: default size, steps and guidance, and its limits."""
     return Page(items=catalogue.list_checkpoints(conn))
+
+
+@router.post("", status_code=ACCEPTED, openapi_extra=documented(CheckpointBody, {"SDXL from the hub": CHECKPOINT}))
+def add_checkpoint(
+    _: AdminDep, body: JsonBytes, settings: SettingsDep, response: Response, conn: ConnDep
+) -> RegistrationView:
+    """Register a checkpoint: a worker fetches, checks, stores and tests it. Poll the registration in `Location`."""
+    return accepted(conn, response, settings, read(body, CheckpointBody), "checkpoint")

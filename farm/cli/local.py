@@ -19,7 +19,9 @@ from farm.views import BatchView
 
 if TYPE_CHECKING:
     from farm.client import Farm
+    from farm.db import Database
     from farm.settings import Settings
+    from farm.storage import Store
 
 Stage = Callable[[str], AbstractContextManager[object]]
 SERVERS = ("FARM_DATABASE_", "FARM_REDIS_", "FARM_S3_")
@@ -63,6 +65,21 @@ def settings(data_dir: Path) -> "Settings":
             for found in error.errors()
         ]
         raise InvalidRequest("the settings are not valid", problems=problems) from None
+
+
+@contextmanager
+def servers(data_dir: Path) -> "Iterator[tuple[Database, Store, Settings]]":
+    """Postgres and S3 of a farm, for commands that work on them directly."""
+    from farm.db import Database
+    from farm.storage import Store
+
+    configured = settings(data_dir)
+    database = Database(configured, pool_size=2)
+    try:
+        database.check_schema()
+        yield database, Store(configured), configured
+    finally:
+        database.dispose()
 
 
 @dataclass(frozen=True)

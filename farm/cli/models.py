@@ -1,30 +1,29 @@
-"""`farm models`: the checkpoints and adapters that jobs may name."""
+"""`farm models`: the checkpoints, VAEs and adapters that jobs may name."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from farm.cli.display import ago, json_line, size, table, waiting
-from farm.cli.local import settings
+from farm.cli.display import ago, json_line, size, table
+from farm.cli.exits import Exit
 from farm.cli.options import DATA_DIR, AsJson, DataDir, connect
 
 if TYPE_CHECKING:
-    from sqlalchemy import Connection
+    from farm.views import AdapterView, CheckpointView, VaeView
 
-    from farm.storage import Store
-    from farm.views import AdapterView, CheckpointView
+ModelKind = Literal["checkpoint", "vae", "style", "acceleration"]
 
-models = typer.Typer(help="Checkpoints and adapters that jobs may name.", no_args_is_help=True)
+models = typer.Typer(help="Checkpoints, VAEs and adapters that jobs may name.", no_args_is_help=True)
 
 
 @models.command("list")
 def list_models(data_dir: DataDir = DATA_DIR, as_json: AsJson = False) -> None:
-    """List checkpoints and adapters."""
+    """List checkpoints, VAEs and adapters."""
     with connect(data_dir) as farm:
-        found: list[tuple[str, CheckpointView | AdapterView]] = [("checkpoint", each) for each in farm.checkpoints()]
+        found: list[tuple[str, CheckpointView | VaeView | AdapterView]] = []
+        found += [("checkpoint", each) for each in farm.checkpoints()]
+        found += [("vae", each) for each in farm.vaes()]
         found += [(each.kind, each) for each in farm.adapters()]
     if as_json:
         for kind, each in found:
@@ -43,31 +42,78 @@ def list_models(data_dir: DataDir = DATA_DIR, as_json: AsJson = False) -> None:
 @models.command()
 def add(
     name: Annotated[str, typer.Argument(help="What jobs will call it.")],
-    path: Annotated[Path, typer.Argument(help="A diffusers folder, or a LoRA file (safetensors).", exists=True)],
+    source: Annotated[
+        str,
+        typer.Argument(help="A folder or .safetensors file here, s3://bucket/prefix, or hf:owner/name@COMMIT."),
+    ],
     kind: Annotated[
-        Literal["checkpoint", "style", "acceleration"] | None,
-        typer.Option(help="A folder is taken for a checkpoint, a file for a style adapter.", show_default=False),
+        ModelKind | None, typer.Option(help="Told by the files here; else an adapter.", show_default=False)
     ] = None,
     family: Annotated[
-        str | None, typer.Option(help="The base family of a LoRA whose widths fit several.", show_default=False)
+        str | None, typer.Option(help="Base family, where the files do not tell.", show_default=False)
     ] = None,
+    variant: Annotated[
+        str | None, typer.Option(help="Number type among those offered, such as fp16.", show_default=False)
+    ] = None,
+    profile: Annotated[
+        list[str] | None,
+        typer.Option(help="A default of a checkpoint; may be repeated.", metavar="KEY=VALUE", show_default=False),
+    ] = None,
+    wait: Annotated[bool, typer.Option(help="Wait until it is available or refused.")] = True,
     data_dir: DataDir = DATA_DIR,
     as_json: AsJson = False,
 ) -> None:
-    """Store a model and give it a name. Works on Postgres and S3 directly: the files do not pass through the API."""
-    from farm import catalogue
+    """Register a model: a worker fetches, checks, stores and tests it, then jobs may name it.
 
-    wanted = kind or ("checkpoint" if path.is_dir() else "style")
-    with _servers(data_dir) as (conn, store), waiting(f"storing {name}"):
-        view = (
-            catalogue.add_checkpoint(conn, store, name, path)
-            if wanted == "checkpoint"
-            else catalogue.add_adapter(conn, store, name, path, wanted, family)
-        )
-    if as_json:
-        json_line(view)
+    Files of this machine go straight to Postgres and S3, not through the API.
+    """
+    from farm.cli import adding
+
+    wanted = {"family": family, "variant": variant, "profile": adding.profile_of(profile)}
+    if source.startswith(("hf:", "s3://")):
+        ended = adding.from_afar(data_dir, name, source, kind, wanted, wait=wait)
     else:
-        typer.echo(f"{wanted} {view.name} ({view.family}, {size(view.bytes)}) is {view.state}")
+        ended = adding.from_here(data_dir, name, Path(source), kind, wanted, wait=wait)
+    if as_json:
+        json_line(ended)
+    else:
+        adding.tell(ended)
+    if ended.state == "refused":
+        raise typer.Exit(Exit.FAILED)
+
+
+@models.command()
+def registrations(data_dir: DataDir = DATA_DIR, as_json: AsJson = False) -> None:
+    """List models that are or were on their way into the farm, with the reasons of refused ones."""
+    with connect(data_dir) as farm:
+        found = farm.registrations()
+    if as_json:
+        for each in found:
+            json_line(each)
+        return
+    table(
+        ("NAME", "KIND", "STATE", "#FETCHED", "BEGUN", "ID", "REASON"),
+        (
+            (each.name, each.kind, each.state, size(each.bytes), ago(each.created_at), each.id, each.reason or "")
+            for each in found
+        ),
+        "There are no registrations.",
+    )
+
+
+@models.command()
+def cancel(
+    registration: Annotated[str, typer.Argument(help="Its id.")],
+    data_dir: DataDir = DATA_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """End a registration that is under way."""
+    with connect(data_dir) as farm:
+        ended = farm.cancel_registration(registration)
+    if as_json:
+        json_line(ended)
+    else:
+        typer.echo(f"{ended.name} is {ended.state}")
 
 
 @models.command()
@@ -78,26 +124,11 @@ def remove(
 ) -> None:
     """Forget a name. Jobs that were accepted with it are still rendered."""
     from farm import catalogue
+    from farm.cli.local import servers
 
-    with _servers(data_dir) as (conn, _):
+    with servers(data_dir) as (database, _, _), database.transaction() as conn:
         catalogue.remove(conn, name)
     if as_json:
         json_line({"name": name, "removed": True})
     else:
         typer.echo(f"{name} removed")
-
-
-@contextmanager
-def _servers(data_dir: Path) -> "Iterator[tuple[Connection, Store]]":
-    """One transaction, and the store."""
-    from farm.db import Database
-    from farm.storage import Store
-
-    configured = settings(data_dir)
-    database = Database(configured, pool_size=1)
-    try:
-        database.check_schema()
-        with database.transaction() as conn:
-            yield conn, Store(configured)
-    finally:
-        database.dispose()

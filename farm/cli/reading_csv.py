@@ -10,7 +10,7 @@ from farm.cli.options import adapter_of
 from farm.cli.rows import MOST_PROBLEMS, Row, mistake, unknown
 from farm.errors import InvalidRequest, Problem
 
-TEXTS = ("prompt", "negative_prompt", "checkpoint", "acceleration", "scheduler", "run_at")
+TEXTS = ("prompt", "negative_prompt", "checkpoint", "acceleration", "vae", "scheduler", "run_at")
 WHOLE = ("width", "height", "steps", "seed", "count", "priority")
 LABEL = "label."
 """A column `label.site` holds the label `site` of its rows."""

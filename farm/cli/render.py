@@ -33,6 +33,7 @@ def render(
     checkpoint: Annotated[str | None, typer.Option(help="Base weights by name.", show_default=False)] = None,
     adapter: Adapters = None,
     acceleration: Annotated[str | None, typer.Option(help="lcm-lora or none.", show_default=False)] = None,
+    vae: Annotated[str | None, typer.Option(help="A VAE by name, tiny, or own.", show_default=False)] = None,
     scheduler: Annotated[str | None, typer.Option(help="lcm, ddim, ...", show_default=False)] = None,
     out: Annotated[Path, typer.Option(help="A .png file, or a folder.", metavar="PATH")] = Path(),
     as_json: AsJson = False,
@@ -49,6 +50,7 @@ def render(
         "checkpoint": checkpoint,
         "adapters": adapters_of(adapter) or None,
         "acceleration": acceleration,
+        "vae": vae,
         "scheduler": scheduler,
         **size_of(size),
     }

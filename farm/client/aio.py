@@ -14,7 +14,7 @@ from uuid import UUID
 import httpx
 
 from farm.client import calls, flows, pictures, sse
-from farm.client.calls import AsyncRows, Call, Id, JobFields, Row, States
+from farm.client.calls import AsyncRows, Call, Id, JobFields, ModelKind, Row, States
 from farm.client.connection import resolve
 from farm.client.flows import Answer, Block, Flow, Send, Sleep
 from farm.client.pictures import Download, Downloaded, Saved
@@ -31,6 +31,8 @@ from farm.views import (
     KeyView,
     LaneView,
     Page,
+    RegistrationView,
+    VaeView,
     WorkerView,
 )
 
@@ -223,6 +225,23 @@ class AsyncFarm:
 
     async def adapters(self) -> list[AdapterView]:
         return await self._request(calls.adapters())
+
+    async def vaes(self) -> list[VaeView]:
+        return await self._request(calls.vaes())
+
+    async def register(self, kind: ModelKind, name: str, source: str, **wanted: Any) -> RegistrationView:
+        """Ask for a model from the hub or S3; `wanted` as the API takes it: family, variant, profile."""
+        return await self._request(calls.register(kind, name, source, wanted))
+
+    async def registration(self, which: RegistrationView | Id) -> RegistrationView:
+        """How far a model is on its way into the farm."""
+        return await self._request(calls.registration(calls.id_of(which)))
+
+    async def registrations(self) -> list[RegistrationView]:
+        return await self._request(calls.registrations())
+
+    async def cancel_registration(self, which: RegistrationView | Id) -> RegistrationView:
+        return await self._request(calls.cancel_registration(calls.id_of(which)))
 
     async def workers(self) -> list[WorkerView]:
         return await self._request(calls.workers())

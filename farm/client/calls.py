@@ -22,6 +22,8 @@ from farm.views import (
     KeyView,
     LaneView,
     Page,
+    RegistrationView,
+    VaeView,
     WorkerView,
 )
 
@@ -36,6 +38,8 @@ Row = str | Mapping[str, Any]
 Rows = Iterable[Row]
 AsyncRows = Rows | AsyncIterable[Row]
 Id = UUID | str
+ModelKind = Literal["checkpoint", "vae", "style", "acceleration", "adapter"]
+"""What a model is registered as; an `adapter` is a style unless the farm knows its repository for an acceleration."""
 States = JobState | str | Sequence[JobState | str]
 
 
@@ -46,6 +50,7 @@ class JobFields(TypedDict, total=False):
     checkpoint: str
     adapters: Sequence[Mapping[str, Any]]
     acceleration: Literal["lcm-lora", "none"]
+    vae: str
     width: int
     height: int
     steps: int
@@ -144,8 +149,8 @@ def segment(what: Id) -> str:
     return quote(str(what), safe="")
 
 
-def id_of(what: JobView | BatchView | Id) -> Id:
-    return what.id if isinstance(what, JobView | BatchView) else what
+def id_of(what: JobView | BatchView | RegistrationView | Id) -> Id:
+    return what.id if isinstance(what, JobView | BatchView | RegistrationView) else what
 
 
 def as_fields(row: Row) -> dict[str, Any]:
@@ -224,6 +229,32 @@ def checkpoints() -> Call[list[CheckpointView]]:
 
 def adapters() -> Call[list[AdapterView]]:
     return Call("GET", f"{API}/adapters", items(AdapterView))
+
+
+def vaes() -> Call[list[VaeView]]:
+    return Call("GET", f"{API}/vaes", items(VaeView))
+
+
+def register(kind: ModelKind, name: str, source: str, wanted: Mapping[str, Any]) -> Call[RegistrationView]:
+    """Not repeatable: the second would find the name in use."""
+    given = {key: value for key, value in wanted.items() if value is not None}
+    if kind in {"style", "acceleration"}:
+        given["kind"] = kind
+    noun = {"checkpoint": "checkpoints", "vae": "vaes"}.get(kind, "adapters")
+    body = orjson.dumps({"name": name, "source": source, **given})
+    return Call("POST", f"{API}/{noun}", view(RegistrationView), body=body, headers=JSON, repeatable=False)
+
+
+def registration(which: Id) -> Call[RegistrationView]:
+    return Call("GET", f"{API}/registrations/{segment(which)}", view(RegistrationView))
+
+
+def registrations() -> Call[list[RegistrationView]]:
+    return Call("GET", f"{API}/registrations", items(RegistrationView))
+
+
+def cancel_registration(which: Id) -> Call[RegistrationView]:
+    return Call("POST", f"{API}/registrations/{segment(which)}/cancel", view(RegistrationView))
 
 
 def workers() -> Call[list[WorkerView]]:

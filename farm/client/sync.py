@@ -13,7 +13,7 @@ from uuid import UUID
 import httpx
 
 from farm.client import calls, flows, pictures, sse
-from farm.client.calls import Call, Id, JobFields, Row, Rows, States
+from farm.client.calls import Call, Id, JobFields, ModelKind, Row, Rows, States
 from farm.client.connection import resolve
 from farm.client.flows import Answer, Block, Flow, Send, Sleep
 from farm.client.pictures import Download, Downloaded, Saved
@@ -30,6 +30,8 @@ from farm.views import (
     KeyView,
     LaneView,
     Page,
+    RegistrationView,
+    VaeView,
     WorkerView,
 )
 
@@ -244,6 +246,23 @@ class Farm:
 
     def adapters(self) -> list[AdapterView]:
         return self._request(calls.adapters())
+
+    def vaes(self) -> list[VaeView]:
+        return self._request(calls.vaes())
+
+    def register(self, kind: ModelKind, name: str, source: str, **wanted: Any) -> RegistrationView:
+        """Ask for a model from the hub or S3; `wanted` as the API takes it: family, variant, profile."""
+        return self._request(calls.register(kind, name, source, wanted))
+
+    def registration(self, which: RegistrationView | Id) -> RegistrationView:
+        """How far a model is on its way into the farm."""
+        return self._request(calls.registration(calls.id_of(which)))
+
+    def registrations(self) -> list[RegistrationView]:
+        return self._request(calls.registrations())
+
+    def cancel_registration(self, which: RegistrationView | Id) -> RegistrationView:
+        return self._request(calls.cancel_registration(calls.id_of(which)))
 
     def workers(self) -> list[WorkerView]:
         return self._request(calls.workers())

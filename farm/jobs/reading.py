@@ -173,6 +173,7 @@ def job_view(row: RowMapping) -> JobView:
         checkpoint=names["checkpoint"],
         adapters=names["adapters"],
         acceleration=names["acceleration"],
+        vae=names.get("vae"),
         error=error,
         image=image,
     )

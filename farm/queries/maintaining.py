@@ -79,11 +79,18 @@ def segments_to_settle(conn: Connection, after: UUID, limit: int) -> list[UUID]:
 
 
 def due_objects(conn: Connection, limit: int) -> list[str]:
-    """Keys that may be deleted now."""
+    """Keys that may be deleted now, held until the transaction ends: whoever wants to keep one waits for that."""
     statement = text("""
         SELECT key FROM doomed_objects WHERE delete_after < clock_timestamp() ORDER BY delete_after LIMIT :limit
+        FOR UPDATE
     """)
     return list(conn.execute(statement, {"limit": limit}).scalars())
+
+
+def needed_objects(conn: Connection, keys: Collection[str]) -> set[str]:
+    """Those of these keys that a model refers to: it was registered while its objects were about to be deleted."""
+    statement = text("SELECT DISTINCT key FROM model_files WHERE key = ANY(:keys)")
+    return set(conn.execute(statement, {"keys": list(keys)}).scalars())
 
 
 def forget_objects(conn: Connection, keys: Collection[str]) -> None:

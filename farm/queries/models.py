@@ -1,13 +1,14 @@
 """Rows of checkpoints, adapters and their files."""
 
 from collections.abc import Iterable, Sequence
+from datetime import timedelta
 from typing import Any, Protocol
 from uuid import UUID
 
 from sqlalchemy import Connection, RowMapping, bindparam, text
 from sqlalchemy.dialects.postgresql import JSONB
 
-_COLUMNS = "name, hash, kind, family, state, bytes, profile, created_at"
+_COLUMNS = "name, hash, kind, family, state, bytes, profile, source, created_at"
 
 _INSERT = text(f"""
     INSERT INTO models (name, hash, kind, family, state, bytes, profile, source)
@@ -72,8 +73,13 @@ def tokenizer_files(conn: Connection, hashes: Sequence[str]) -> Sequence[RowMapp
     return conn.execute(statement, {"hashes": list(hashes)}).mappings().all()
 
 
-def insert_files(conn: Connection, content_hash: str, listed: Sequence[File]) -> None:
-    """Remember where the files of a content lie."""
+def insert_files(conn: Connection, content_hash: str, listed: Sequence[File]) -> bool:
+    """Remember where the files of a content lie, and keep objects that were about to be deleted. Answers whether the
+    content is new. Written before the files are uploaded, so that nobody deletes what is about to be needed."""
+    known = conn.execute(text("SELECT count(*) FROM model_files WHERE hash = :hash"), {"hash": content_hash})
+    new: bool = known.scalar_one() == 0
+    # Waits for a sweeper that is deleting one of them right now; it is then uploaded again.
+    conn.execute(text("DELETE FROM doomed_objects WHERE key = ANY(:keys)"), {"keys": [file.key for file in listed]})
     conn.execute(
         text("""
             INSERT INTO model_files (hash, path, key, sha256, bytes)
@@ -83,6 +89,21 @@ def insert_files(conn: Connection, content_hash: str, listed: Sequence[File]) ->
             {"hash": content_hash, "path": file.path, "key": file.key, "sha256": file.sha256, "bytes": file.bytes}
             for file in listed
         ],
+    )
+    return new
+
+
+def forget_files(conn: Connection, content_hash: str, keep: timedelta) -> None:
+    """Forget a content that nothing refers to; objects that no other content shares will be deleted."""
+    conn.execute(
+        text("""
+            WITH gone AS (DELETE FROM model_files WHERE hash = :hash RETURNING key)
+            INSERT INTO doomed_objects (key, delete_after)
+            SELECT DISTINCT key, clock_timestamp() + CAST(:keep AS interval) FROM gone
+            WHERE NOT EXISTS (SELECT FROM model_files f WHERE f.key = gone.key AND f.hash <> :hash)
+            ON CONFLICT DO NOTHING
+        """),
+        {"hash": content_hash, "keep": keep},
     )
 
 

@@ -72,7 +72,9 @@ def unet(state: Mapping[str, Tensor], layers: int = 2) -> dict[str, Tensor]:
             if kind == "upsamplers":
                 slot = 2 if f"up_blocks.{block}.attentions" in crossing else 1
                 return f"output_blocks.{start + layers}.{slot}.conv.{tail}"
-            outer = f"input_blocks.{start + int(number) + 1}" if side == "down" else f"output_blocks.{start + int(number)}"
+            outer = (
+                f"input_blocks.{start + int(number) + 1}" if side == "down" else f"output_blocks.{start + int(number)}"
+            )
             place = f"{outer}.{int(kind == 'attentions')}"
         if kind == "resnets":
             layer, _, tail = rest.rpartition(".")
@@ -92,11 +94,12 @@ def vae(state: Mapping[str, Tensor], blocks: int = 4) -> dict[str, Tensor]:
         name = re.sub(r"up_blocks\.(\d)\.upsamplers\.0", lambda m: f"up.{blocks - 1 - int(m[1])}.upsample", name)
         name = re.sub(r"mid_block\.resnets\.(\d)", lambda match: f"mid.block_{int(match[1]) + 1}", name)
         if "mid_block.attentions.0." in name:
-            layer, _, tail = name.partition("mid_block.attentions.0.")[2].rpartition(".")
+            layer = name.partition("mid_block.attentions.0.")[2].rpartition(".")[0]
             name = name.replace(f"mid_block.attentions.0.{layer}", f"mid.attn_1.{VAE_ATTENTION[layer]}")
             # The original has 1x1 convolutions here.
-            value = value[:, :, None, None] if value.ndim == 2 else value
-        made[name] = value
+            made[name] = value[:, :, None, None] if value.ndim == 2 else value
+        else:
+            made[name] = value
     return made
 
 

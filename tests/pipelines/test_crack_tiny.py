@@ -10,8 +10,8 @@ from diffusers import LCMScheduler, StableDiffusionPipeline
 
 import farm
 from farm.recipe import Recipe
-from workers.pipelines.engine import Engine
 from farm.safefile import read_header
+from workers.pipelines.engine import Engine
 
 from .conftest import farm_settings, go_on
 

@@ -37,7 +37,7 @@ def folders(sd_folder: Path, sdxl_folder: Path, ssd1b_folder: Path) -> dict[str,
 
 
 def weights(pipeline: Any) -> dict[str, torch.Tensor]:
-    parts = [part for part in structure.ADAPTABLE + ("vae",) if getattr(pipeline, part, None) is not None]
+    parts = [part for part in (*structure.ADAPTABLE, "vae") if getattr(pipeline, part, None) is not None]
     return {f"{part}.{key}": value for part in parts for key, value in getattr(pipeline, part).state_dict().items()}
 
 
@@ -50,7 +50,9 @@ def test_a_file_becomes_the_folder_it_was_made_from(folders: dict[str, Path], tm
     after = weights(kind.from_pretrained(str(tmp_path / "made")))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
-    assert load(tmp_path / "made", "made", torch.float32, torch.float32).family == ("sd" if family == "sd15" else "sdxl")
+    assert load(tmp_path / "made", "made", torch.float32, torch.float32).family == (
+        "sd" if family == "sd15" else "sdxl"
+    )
 
 
 def test_stock_diffusers_reads_the_same_from_the_file(sdxl_folder: Path, tmp_path: Path) -> None:

@@ -16,9 +16,9 @@ from diffusers.utils import constants
 from torch import Tensor, nn
 
 from farm.errors import InvalidModel
+from farm.safefile import read_header
 from workers.pipelines.merge import Merger
 from workers.pipelines.prompts import PromptCache
-from farm.safefile import read_header
 from workers.pipelines.targets import target_modules
 
 if constants.DIFFUSERS_DISABLE_REMOTE_CODE is not True:

@@ -47,7 +47,8 @@ def part_of(part: str, config: Mapping[str, Any]) -> Any:
 def shapes_of(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[int, ...]]:
     """Canonical weight name -> shape, for every weight an adapter may touch. `configs` by part."""
     parts = {part: part_of(part, configs[part]) for part in ADAPTABLE if part in configs}
-    return {name: tuple(module.weight.shape) for name, module in target_modules(parts).items()}  # type: ignore[union-attr]
+    weights: dict[str, Any] = {name: module.weight for name, module in target_modules(parts).items()}
+    return {name: tuple(weight.shape) for name, weight in weights.items()}
 
 
 @lru_cache(maxsize=8)

@@ -1,0 +1,32 @@
+"""Accepting a model to register: the same for checkpoints, VAEs and adapters."""
+
+from fastapi import Response
+from sqlalchemy import Connection
+
+from api.middleware import API
+from api.schemas import AdapterBody, CheckpointBody, VaeBody
+from farm import registrations
+from farm.modelfiles import Kind
+from farm.settings import Settings
+from farm.views import RegistrationView
+
+ACCEPTED = 202
+
+
+def accepted(
+    conn: Connection,
+    response: Response,
+    settings: Settings,
+    wanted: CheckpointBody | VaeBody | AdapterBody,
+    kind: Kind | None,
+) -> RegistrationView:
+    """Ask for a model of a kind; None for an adapter that does not say which.
+
+    Raises InvalidRequest for a source that is none, Conflict if the name is taken or being registered.
+    """
+    more = wanted.model_dump(exclude={"name", "source", "kind"}, exclude_none=True)
+    made = registrations.ask(
+        conn, name=wanted.name, kind=kind, source=wanted.source, wanted=more, pool=settings.pool
+    )  # fmt: skip
+    response.headers["Location"] = f"{API}/registrations/{made.id}"
+    return made
