@@ -42,7 +42,7 @@ def sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def style_layers() -> dict[str, tuple[int, ...]]:
     """A layer of the toy checkpoint, with its weight's shape."""
-    return {"unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q": (16, 16)}
+    return {"unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k": (16, 16)}
 
 
 @pytest.fixture

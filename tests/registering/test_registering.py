@@ -172,7 +172,7 @@ def test_refused_adapters_name_file_key_and_reason(
 ) -> None:
     bench.add("toy", sd_folder, profile=PROFILE)
     before = set(bench.store.listing("models/", 1000))
-    (layer,) = style_layers
+
     made = toys.changes(style_layers)
     good = load_file(toys.kohya(tmp_path / "good.safetensors", made))
     down = next(key for key in good if key.endswith("lora_down.weight"))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from farm import families
 from farm.errors import InvalidModel
@@ -84,15 +85,23 @@ def _vae(path: Path, wanted: Mapping[str, Any], scratch: Path) -> FoundModel:
 def _adapter(path: Path, wanted: Mapping[str, Any], checkpoints: Sequence[CheckpointView], fetch: Fetch) -> FoundModel:
     found = read_adapter(path)
     candidates = _candidates(wanted.get("family"), checkpoints, fetch)
+    width = found.profile.get("cross_attention_dim")
+    likely = {family: one for family, one in candidates.items() if width is None or one.width == width}
+    if not likely:
+        told = ", ".join(f"{family} {one.width}" for family, one in candidates.items())
+        raise InvalidModel(
+            f"{path.name}: made for a cross-attention width of {width}, which is that of no such family ({told})"
+        )
     fits, reasons = [], {}
-    for family, shapes in candidates.items():
+    for family, one in likely.items():
         try:
-            adapters.read_adapter(path, found.hash, shapes(), aliases(shapes()))
+            shapes = one.shapes()
+            adapters.read_adapter(path, found.hash, shapes, aliases(shapes))
             fits.append(family)
         except InvalidModel as error:
             reasons[family] = error.message
     if not fits:
-        raise InvalidModel(_told(reasons, found.profile.get("cross_attention_dim"), checkpoints))
+        raise InvalidModel(_told(reasons))
     if len(fits) > 1:
         fits = [family for family in fits if family in _named(path)] or fits
     if len(fits) > 1:
@@ -100,19 +109,24 @@ def _adapter(path: Path, wanted: Mapping[str, Any], checkpoints: Sequence[Checkp
     return found.of_family(fits[0])
 
 
-def _candidates(
-    family: str | None, checkpoints: Sequence[CheckpointView], fetch: Fetch
-) -> dict[str, Callable[[], Shapes]]:
-    """Families an adapter may be made for -> their weights' shapes, found out when asked."""
+class _Family(NamedTuple):
+    """A family an adapter may be made for: its cross-attention width, and its weights' shapes, found out when asked."""
 
-    def known(name: str) -> Callable[[], Shapes]:
-        return lambda: structure.known_shapes(name)
+    width: int | None
+    shapes: Callable[[], Shapes]
 
-    def registered(view: CheckpointView) -> Callable[[], Shapes]:
-        return lambda: structure.folder_shapes(fetch(view.hash))
 
-    every = {name: known(name) for name in families.KNOWN}
-    every |= {view.family: registered(view) for view in checkpoints if view.family not in families.KNOWN}
+def _candidates(family: str | None, checkpoints: Sequence[CheckpointView], fetch: Fetch) -> dict[str, _Family]:
+    """The families there are: those the farm knows by heart, and those of registered checkpoints."""
+    every = {
+        name: _Family(families.template(name)["unet"]["cross_attention_dim"], partial(structure.known_shapes, name))
+        for name in families.KNOWN
+    }
+    for view in checkpoints:
+        if view.family not in families.KNOWN:
+            every[view.family] = _Family(
+                view.profile.get("cross_attention_dim"), partial(_registered, fetch, view.hash)
+            )
     if family is None:
         return every
     if family not in every:
@@ -120,15 +134,15 @@ def _candidates(
     return {family: every[family]}
 
 
-def _told(reasons: Mapping[str, str], width: int | None, checkpoints: Sequence[CheckpointView]) -> str:
-    """Why no family takes it: the reason of the one its width belongs to, or everybody's."""
-    if len(reasons) == 1 or len(set(reasons.values())) == 1:
+def _registered(fetch: Fetch, checkpoint: str) -> Shapes:
+    return structure.folder_shapes(fetch(checkpoint))
+
+
+def _told(reasons: Mapping[str, str]) -> str:
+    """Why no family takes it."""
+    if len(set(reasons.values())) == 1:
         return next(iter(reasons.values()))
-    widths = {view.family: view.profile.get("cross_attention_dim") for view in checkpoints}
-    widths |= {name: families.template(name)["unet"]["cross_attention_dim"] for name in families.KNOWN}
-    likely = [family for family in reasons if width is not None and widths.get(family) == width]
-    shown = likely or list(reasons)
-    return "; ".join(f"as {family}: {reasons[family]}" for family in shown)
+    return "; ".join(f"as {family}: {reason}" for family, reason in reasons.items())
 
 
 def _named(path: Path) -> set[str]:

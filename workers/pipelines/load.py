@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal, NamedTuple
 
 import orjson
@@ -41,6 +42,10 @@ PARTS: dict[str, frozenset[str]] = {
     "tokenizer_2": frozenset({"CLIPTokenizer", "CLIPTokenizerFast"}),
 }
 """The parts this engine uses, and the classes it knows for each."""
+
+LOADING = Lock()
+"""Held while a model is read: diffusers patches `nn.Module` meanwhile and puts back what it found, so two at once can
+leave the patch behind, and every weight that is set afterwards goes lost."""
 
 WITH_WEIGHTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 UNUSED = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
@@ -165,14 +170,15 @@ def load(folder: Path, checkpoint: str, dtype: torch.dtype, vae_dtype: torch.dty
     if variant := _variant(folder):
         options["variant"] = variant
     try:
-        made = kind.from_pretrained(
-            str(folder),
-            dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            low_cpu_mem_usage=True,
-            **options,
-        )
+        with LOADING:
+            made = kind.from_pretrained(
+                str(folder),
+                dtype=dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                low_cpu_mem_usage=True,
+                **options,
+            )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise InvalidModel(f"{folder.name}: cannot be loaded: {_first_line(error)}") from error
     encoders = [Encoder(made.tokenizer, made.text_encoder)]
@@ -199,7 +205,8 @@ def load_vae(folder: Path, family: Family, dtype: torch.dtype, vae_dtype: torch.
     if name not in VAES:
         raise InvalidModel(f"{folder.name}/config.json: _class_name {name!r} is not one of {sorted(VAES)}")
     try:
-        vae = VAES[name].from_pretrained(str(folder), dtype=dtype, use_safetensors=True, local_files_only=True)
+        with LOADING:
+            vae = VAES[name].from_pretrained(str(folder), dtype=dtype, use_safetensors=True, local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise InvalidModel(f"{folder.name}: cannot be loaded: {_first_line(error)}") from error
     return _ready(_safe_vae(vae, family, vae_dtype))

@@ -25,6 +25,7 @@ from farm import families
 from farm.errors import InvalidModel
 from farm.safefile import Header, read_header
 from farm.tokens import clip_vocabulary
+from workers.pipelines.load import LOADING
 from workers.pipelines.structure import part_of
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
@@ -153,7 +154,8 @@ def _fill(
         if tensor.shape != expected[key].shape:
             told = f"has shape {tuple(tensor.shape)}, this family's is {tuple(expected[key].shape)}"
             raise InvalidModel(f"{name}: {prefix}{key}: {told}")
-    module.load_state_dict({key: tensor.contiguous() for key, tensor in translated.items()}, strict=True, assign=True)
+    with LOADING:
+        module.load_state_dict({key: value.contiguous() for key, value in translated.items()}, strict=True, assign=True)
 
 
 def _refuse_first(name: str, prefix: str, keys: Collection[str], reason: str) -> None:
