@@ -130,11 +130,18 @@ def kind_of(path: Path) -> Literal["checkpoint", "original", "vae", "adapter"]:
 
 
 def read_checkpoint(
-    folder: Path, *, family: str | None = None, variant: str | None = None, changes: Mapping[str, Any] | None = None
+    folder: Path,
+    *,
+    family: str | None = None,
+    variant: str | None = None,
+    changes: Mapping[str, Any] | None = None,
+    scratch: Path | None = None,
 ) -> FoundModel:
     """A diffusers folder of StableDiffusionPipeline or StableDiffusionXLPipeline.
 
-    `changes` are a person's words on the profile. Raises InvalidModel with the file and the reason.
+    `changes` are a person's words on the profile. A number type among them goes into the model's own `profile.json`
+    (written below `scratch`), because whoever loads it knows nothing but its files. Raises InvalidModel with the file
+    and the reason.
     """
     pipeline = read_json(folder / "model_index.json").get("_class_name")
     if pipeline not in PIPELINES:
@@ -150,7 +157,13 @@ def read_checkpoint(
         raise InvalidModel(f"profile.json: {error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}") from error
     profile = profile_of(found, pipeline, said.model_dump(), changes or {})
     profile["cross_attention_dim"] = unet.get("cross_attention_dim")
-    return _found(folder, chosen, found, profile)
+    elsewhere = {}
+    if scratch is not None and changes and changes.get("dtype"):
+        elsewhere["profile.json"] = scratch / "profile.json"
+        scratch.mkdir(parents=True, exist_ok=True)
+        elsewhere["profile.json"].write_bytes(orjson.dumps({**own, "dtype": changes["dtype"]}))
+        chosen["profile.json"] = "profile.json"
+    return _found(folder, chosen, found, profile, elsewhere)
 
 
 def read_vae(folder: Path, *, family: str | None = None, variant: str | None = None) -> FoundModel:
@@ -267,6 +280,8 @@ def _weights(listing: Mapping[str, int], folder: str, variant: str | None) -> di
 
 def _adapter_files(listing: Mapping[str, int]) -> dict[str, str]:
     """PEFT folders by part, one PEFT folder, or the one file there is."""
+    if "model_index.json" in listing:
+        raise InvalidModel("model_index.json: this is a checkpoint; register it as one")
     chosen: dict[str, str] = {}
     for part in ("", *(f"{part}/" for part in ADAPTER_PARTS)):
         mine = [path for path in listing if path.startswith(part) and "/" not in path.removeprefix(part)]
@@ -300,10 +315,17 @@ def _widths(headers: Iterable[Header]) -> dict[str, Any]:
     return {}
 
 
-def _found(root: Path, chosen: Mapping[str, str], family: str, profile: dict[str, Any]) -> FoundModel:
+def _found(
+    root: Path,
+    chosen: Mapping[str, str],
+    family: str,
+    profile: dict[str, Any],
+    elsewhere: Mapping[str, Path] | None = None,
+) -> FoundModel:
+    """The chosen files, hashed; `elsewhere` says which of them do not lie below `root`."""
     files = []
     for name, inside in sorted(chosen.items(), key=lambda pair: pair[1]):
-        path = root / PurePosixPath(name)
+        path = (elsewhere or {}).get(name) or root / PurePosixPath(name)
         if path.suffix == ".safetensors":
             read_header(path)
         with path.open("rb") as file:

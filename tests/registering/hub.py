@@ -30,7 +30,8 @@ class Hub:
             def do_GET(self) -> None:
                 hub.answer(self)
 
-            do_HEAD = do_GET
+            def do_HEAD(self) -> None:
+                hub.answer(self)
 
             def log_message(self, *_: object) -> None: ...
 

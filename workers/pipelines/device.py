@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
+from farm.modelfiles import read_json
 from farm.settings import Settings
 from workers.pipelines.spread import Spread
 
@@ -23,6 +25,14 @@ class Device:
     dtype: torch.dtype
     budget: int
     spread: Spread = field(default_factory=Spread)
+    open: bool = False
+    """The settings leave the number type to the model."""
+
+    def dtype_of(self, folder: Path) -> torch.dtype:
+        """The number type a checkpoint is loaded in: on a GPU its own profile may choose where the settings do not."""
+        if self.on_cpu or not self.open or not (folder / "profile.json").exists():
+            return self.dtype
+        return DTYPES.get(str(read_json(folder / "profile.json").get("dtype")), self.dtype)
 
     @property
     def on_cpu(self) -> bool:
@@ -69,7 +79,8 @@ def choose(settings: Settings) -> Device:
         torch.set_num_threads(settings.threads)
     spread = Spread(torch.get_num_threads() if device.type == "cpu" else 1)
     dtype = settings.dtype if settings.dtype != "auto" else ("float32" if device.type == "cpu" else "float16")
-    return Device(device, DTYPES[dtype], settings.device_budget_bytes or _budget(device), spread)
+    budget = settings.device_budget_bytes or _budget(device)
+    return Device(device, DTYPES[dtype], budget, spread, open=settings.dtype == "auto")
 
 
 def _budget(device: torch.device) -> int:

@@ -246,7 +246,7 @@ class Engine:
 
     def _load(self, checkpoint: str) -> Pipeline:
         folder = self._fetch(checkpoint)
-        pipeline = load(folder, checkpoint, self._device.dtype, self._device.vae_dtype)
+        pipeline = load(folder, checkpoint, self._device.dtype_of(folder), self._device.vae_dtype)
         self._tune(pipeline.vae)
         log.info(
             "checkpoint loaded", checkpoint=checkpoint, seconds=round(pipeline.load_seconds, 3), bytes=pipeline.bytes
@@ -254,7 +254,7 @@ class Engine:
         return pipeline
 
     def _load_vae(self, vae: str, pipeline: Pipeline) -> Any:
-        return self._tune(load_vae(self._fetch(vae), pipeline.family, self._device.dtype, self._device.vae_dtype))
+        return self._tune(load_vae(self._fetch(vae), pipeline.family, pipeline.unet.dtype, self._device.vae_dtype))
 
     def _tune(self, vae: Any) -> Any:
         if self._device.on_cpu:

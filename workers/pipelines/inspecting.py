@@ -63,7 +63,7 @@ def _checkpoint(path: Path, wanted: Mapping[str, Any], scratch: Path) -> FoundMo
             raise InvalidModel(f"{path.name}: this is {told}, not {family}")
     check_folder(folder)
     structure.check_weights(folder)
-    return read_checkpoint(folder, family=family, changes=wanted.get("profile"))
+    return read_checkpoint(folder, family=family, changes=wanted.get("profile"), scratch=scratch)
 
 
 def _vae(path: Path, wanted: Mapping[str, Any], scratch: Path) -> FoundModel:

@@ -1,0 +1,96 @@
+"""Asking for models over the API: who may, what is refused at once, and how one is followed."""
+
+from typing import Any
+
+import pytest
+from sqlalchemy import text
+
+from farm import registrations
+from farm.ids import new_id
+from farm.modelfiles import FoundModel
+from tests.api.conftest import Api, problem_of
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+SOURCE = f"hf:owner/name@{COMMIT}"
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "kind"),
+    [
+        ("/checkpoints", {"variant": "fp16", "profile": {"steps": 6, "vae": "tiny"}}, "checkpoint"),
+        ("/vaes", {"family": "sdxl"}, "vae"),
+        ("/adapters", {}, "style"),
+        ("/adapters", {"kind": "acceleration", "family": "sdxl"}, "acceleration"),
+        ("/adapters", {"source": f"hf:latent-consistency/lcm-lora-sdxl@{COMMIT}"}, "acceleration"),
+    ],
+)
+def test_a_model_is_asked_for_and_followed(api: Api, route: str, body: dict[str, Any], kind: str) -> None:
+    answer = api.http.post(route, json={"name": "new", "source": SOURCE, **body})
+    assert answer.status_code == 202, answer.text
+    made = answer.json()
+    assert (made["kind"], made["state"], made["finished_at"]) == (kind, "waiting", None)
+    assert answer.headers["location"] == f"/api/v1/registrations/{made['id']}"
+    assert api.http.get(f"/registrations/{made['id']}").json() == made
+    assert [one["id"] for one in api.http.get("/registrations").json()["items"]] == [made["id"]]
+    problem_of(api.http.post(route, json={"name": "new", "source": SOURCE}), 409, "conflict")
+    ended = api.http.post(f"/registrations/{made['id']}/cancel").json()
+    assert (ended["state"], ended["reason"]) == ("refused", "cancelled")
+    assert api.http.post(f"/registrations/{made['id']}/cancel").json() == ended
+
+
+@pytest.mark.parametrize(
+    ("body", "field", "words"),
+    [
+        ({"source": "hf:owner/name"}, "source", "pin it"),
+        ({"source": "hf:owner/name@main"}, "source", "never a branch or a tag"),
+        ({"source": "/etc/passwd"}, "source", "is no source"),
+        ({"source": f"{SOURCE}/../x"}, "source", "may not hold empty parts"),
+        ({"name": "a/b"}, "name", "pattern"),
+        ({"name": "moss", "surprise": 1}, "surprise", "not permitted"),
+        ({"profile": {"steps": 0}}, "profile.steps", "greater than"),
+        ({"profile": {"colour": "red"}}, "profile.colour", "not permitted"),
+        ({"variant": "../x"}, "variant", "pattern"),
+    ],
+)
+def test_what_is_wrong_at_once(api: Api, body: dict[str, Any], field: str, words: str) -> None:
+    answer = api.http.post("/checkpoints", json={"name": "new", "source": SOURCE, **body})
+    (found,) = problem_of(answer, 422, "invalid-request")["problems"]
+    assert found["field"] == field
+    assert words in found["problem"]
+    assert api.http.get("/registrations").json()["items"] == []
+
+
+def test_names_in_use_and_words_of_their_own(api: Api) -> None:
+    for name in ("crack-tiny", "moss"):
+        problem_of(api.http.post("/checkpoints", json={"name": name, "source": SOURCE}), 409, "conflict")
+    problem_of(api.http.post("/vaes", json={"name": "tiny", "source": SOURCE}), 409, "conflict")
+
+
+def test_only_admins_register(api: Api) -> None:
+    with api.client(api.new_key("jobs:read", "jobs:write")) as mere:
+        for route in ("/checkpoints", "/vaes", "/adapters"):
+            problem_of(mere.post(route, json={"name": "new", "source": SOURCE}), 403, "forbidden")
+        problem_of(mere.get("/registrations"), 403, "forbidden")
+    problem_of(api.http.get(f"/registrations/{new_id()}"), 404, "not-found")
+
+
+def test_vaes_are_listed_and_named_by_jobs(api: Api) -> None:
+    answer = api.http.post("/vaes", json={"name": "small", "source": SOURCE, "family": "crack-tiny"})
+    found = FoundModel("9" * 64, "crack-tiny", 5, (), {"tiny": True}, {"source": SOURCE, "revision": COMMIT})
+    with api.database.transaction() as conn:
+        claim = registrations.claim(conn, worker=new_id(), settings=api.settings)
+        assert claim is not None
+        assert str(claim.id) == answer.json()["id"]
+        registrations.publish(conn, claim, found, [], api.settings)
+    try:
+        (view,) = api.http.get("/vaes").json()["items"]
+        assert (view["name"], view["tiny"], view["source"]["revision"]) == ("small", True, COMMIT)
+        for wanted, expected in (("tiny", "small"), ("small", "small"), ("own", None)):
+            job = api.http.post("/jobs", json={"prompt": "a crack", "vae": wanted}).json()
+            assert job["vae"] == expected
+        refused = api.http.post("/jobs", json={"prompt": "a crack", "checkpoint": "big", "vae": "small"})
+        (problem,) = [one for one in problem_of(refused, 422, "invalid-request")["problems"] if one["field"] == "vae"]
+        assert "decodes latents of crack-tiny" in problem["problem"]
+    finally:
+        with api.database.transaction() as conn:
+            conn.execute(text("DELETE FROM models WHERE name = 'small'"))
