@@ -80,6 +80,8 @@ def insert_files(conn: Connection, content_hash: str, listed: Sequence[File]) ->
     new: bool = known.scalar_one() == 0
     # Waits for a sweeper that is deleting one of them right now; it is then uploaded again.
     conn.execute(text("DELETE FROM doomed_objects WHERE key = ANY(:keys)"), {"keys": [file.key for file in listed]})
+    if not listed:
+        return new
     conn.execute(
         text("""
             INSERT INTO model_files (hash, path, key, sha256, bytes)

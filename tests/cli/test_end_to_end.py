@@ -125,7 +125,16 @@ def test_models_and_keys_and_migrate_work_on_the_servers_themselves(farm: Farm) 
     }
     assert kinds == {"crack-tiny": "checkpoint", "crack-tiny-lcm": "acceleration"}
     assets = Path(__file__).parents[2] / "farm" / "assets" / "crack-tiny"
-    assert farm("models", "add", "twin", assets / "lcm-lora.safetensors").exit_code == 0
+    added = farm("models", "add", "twin", assets / "lcm-lora.safetensors", "--json")
+    assert added.exit_code == 0, added.output
+    told = orjson.loads(added.stdout)
+    assert (told["state"], told["family"], told["kind"]) == ("available", "crack-tiny", "style")
+    rendered = farm("render", "A crack", "--adapter", "twin:-0.2", "--out", "twin.png", "--json")
+    assert rendered.exit_code == 0, rendered.output
+    with Image.open(orjson.loads(rendered.stdout)["path"]) as picture:
+        assert "local:lcm-lora.safetensors" in picture.info["farm"]
+    (first, *_) = map(orjson.loads, farm("models", "registrations", "--json").stdout.splitlines())
+    assert (first["name"], first["id"]) == ("twin", told["id"])
     assert farm("models", "add", "twin", assets / "lcm-lora.safetensors").exit_code == Exit.FAILED
     assert farm("models", "add", "nothing", assets / "profile.json").exit_code == Exit.USAGE
     assert orjson.loads(farm("models", "remove", "twin", "--json").stdout) == {"name": "twin", "removed": True}

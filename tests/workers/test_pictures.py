@@ -60,14 +60,17 @@ def test_walls_take_no_more_bytes_than_pillow_makes_of_them() -> None:
 @pytest.mark.parametrize("prompt", ["plain", "Mörtel", "コンクリート — crack"])
 def test_the_recipe_travels_in_the_png(prompt: str) -> None:
     recipe = RECIPE.model_copy(update={"prompt": prompt})
-    texts = metadata(recipe, names=NAMES, labels={"site": "north"})
+    origin = {"name": "moss", "sha256": "d" * 64, "source": "hf:owner/moss", "revision": "e" * 40}
+    texts = metadata(recipe, names={**NAMES, "models": [origin]}, labels={"site": "north"})
     with Image.open(io.BytesIO(encode_png(picture(recipe), texts=texts, level=1))) as image:
         image.load()
         told = json.loads(image.text["farm"])
         assert Recipe.parse(told["recipe"]) == recipe
         assert told["recipe_hash"] == recipe.hash
         assert told["labels"] == {"site": "north"}
-        assert set(told) == {"farm", "recipe", "recipe_hash", "names", "labels"}
+        assert told["names"] == NAMES
+        assert told["models"] == [origin]
+        assert set(told) == {"farm", "recipe", "recipe_hash", "names", "models", "labels"}
         assert image.text["parameters"].startswith(prompt)
 
 
