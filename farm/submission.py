@@ -62,7 +62,6 @@ class JobSpec(BaseModel):
     adapters: Annotated[list[Annotated[AdapterSpec, at_most(MAX_FIELDS)]], at_most(16), Field(max_length=16)] = []
     acceleration: Literal["lcm-lora", "none"] = "lcm-lora"
     vae: Name | None = None
-    """A registered VAE, `tiny` (the family's TAESD) or `own` (the checkpoint's own)."""
     width: Annotated[int, Field(ge=8, le=8192, multiple_of=8)] | None = None
     height: Annotated[int, Field(ge=8, le=8192, multiple_of=8)] | None = None
     steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] | None = None

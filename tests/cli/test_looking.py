@@ -168,6 +168,50 @@ def test_models_are_listed(run: Run, fake: FakeFarm) -> None:
         "created_at": "2030-01-01T00:00:00Z",
     }
     fake.on("GET", f"{API}/checkpoints", page(model | {"profile": {}}))
+    fake.on("GET", f"{API}/vaes", page(model | {"name": "taesd", "tiny": True}))
     fake.on("GET", f"{API}/adapters", page(model | {"name": "lcm", "kind": "acceleration"}))
     lines = [orjson.loads(line) for line in run("models", "list", "--json").stdout.splitlines()]
-    assert [(line["name"], line["kind"]) for line in lines] == [("crack-tiny", "checkpoint"), ("lcm", "acceleration")]
+    assert [(line["name"], line["kind"]) for line in lines] == [
+        ("crack-tiny", "checkpoint"),
+        ("taesd", "vae"),
+        ("lcm", "acceleration"),
+    ]
+
+
+def test_a_model_from_the_hub_is_asked_for_and_followed(run: Run, fake: FakeFarm) -> None:
+    source = f"hf:owner/name@{'0' * 40}"
+    begun = {
+        "id": "0190a0a0-0000-7000-8000-000000000002",
+        "name": "big",
+        "kind": "checkpoint",
+        "source": source,
+        "state": "waiting",
+        "created_at": "2030-01-01T00:00:00Z",
+    }
+    over = begun | {"finished_at": "2030-01-01T00:01:00Z"}
+    place = f"{API}/registrations/{begun['id']}"
+    fake.on("POST", f"{API}/checkpoints", Reply(202, begun))
+    fake.on("GET", place, Reply(body=begun | {"state": "fetching", "bytes": 5, "total_bytes": 10}))
+    fake.on("GET", place, Reply(body=over | {"state": "available", "family": "sdxl", "notes": ["a note"]}))
+    wanted = ("--kind", "checkpoint", "--variant", "fp16", "--profile", "steps=6", "--profile", "vae=tiny")
+    added = run("models", "add", "big", source, *wanted)
+    assert added.exit_code == 0, added.output
+    assert "checkpoint big (sdxl" in added.stdout
+    assert "a note" in added.stderr
+    (asked,) = [one for one in fake.asked if one.method == "POST"]
+    assert orjson.loads(asked.body) == {
+        "name": "big",
+        "source": source,
+        "variant": "fp16",
+        "profile": {"steps": 6, "vae": "tiny"},
+    }
+    other = {"id": "0190a0a0-0000-7000-8000-000000000003", "name": "rust", "kind": "style"}
+    fake.on("POST", f"{API}/adapters", Reply(202, begun | other))
+    ended = over | other | {"state": "refused", "reason": "x.safetensors: key: DoRA"}
+    fake.on("GET", f"{API}/registrations/{other['id']}", Reply(body=ended))
+    refused = run("models", "add", "rust", source)
+    assert refused.exit_code == Exit.FAILED
+    assert "x.safetensors: key: DoRA" in refused.stderr
+    assert run("models", "add", "rust", source, "--no-wait").exit_code == 0
+    assert run("models", "add", "rust", "nowhere").exit_code == Exit.USAGE
+    assert run("models", "add", "rust", source, "--profile", "steps=many").exit_code == Exit.USAGE
