@@ -77,7 +77,7 @@ def test_a_wall_has_the_colour_that_was_asked_for(engine: Engine, wall: str) -> 
     """The weights are trained. The analyser knows pixels, not the model."""
     recipes = [recipe(0, prompt=f"a wide crack in a {wall} wall", seed=seed) for seed in range(8)]
     seen = [read_wall(picture) for picture in render(engine, recipes)]
-    assert seen.count(wall.split()[-1]) >= 7, seen
+    assert seen.count(wall.rsplit(maxsplit=1)[-1]) >= 7, seen
 
 
 def test_the_plain_teacher_renders_too(engine: Engine) -> None:
