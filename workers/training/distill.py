@@ -62,6 +62,73 @@ def parts(kind: str, latents: Tensor, guess: Tensor, signal: Tensor, sigma: Tens
     raise TrainingError(f"prediction_type {kind!r} cannot be distilled; epsilon and v_prediction can")
 
 
+@dataclass(frozen=True, slots=True)
+class Solver:
+    """A DDIM solver that skips: `steps` of the schedule's timesteps, evenly spaced.
+
+    `alphas` (timesteps,) are cumulative products in host memory, `kind` is the prediction type.
+    """
+
+    alphas: Tensor
+    kind: str
+    steps: int
+
+    @property
+    def stride(self) -> int:
+        return len(self.alphas) // self.steps
+
+    def roots(self, times: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Signal and noise levels at host timesteps (n,), shaped to multiply latents, on the device of `like`."""
+        alpha = self.alphas[times].view(-1, 1, 1, 1)
+        return alpha.sqrt().to(like.device), (1 - alpha).sqrt().to(like.device)
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """What is random in a step: timesteps `start` (n,) in host memory, `noise` like latents, `guidance` (n, 1, 1, 1)."""
+
+    start: Tensor
+    noise: Tensor
+    guidance: Tensor
+
+
+def consistency(
+    solver: Solver,
+    clean: Tensor,
+    draw: Draw,
+    student: Callable[[Tensor, Tensor], Tensor],
+    teacher: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+) -> tuple[Tensor, Tensor]:
+    """What the student makes of noisy latents, and what it should: its own answer one solver step nearer to clean.
+
+    LCM-LoRA (Luo et al. 2023). `student(latents, times)` predicts, and is asked for the target without a gradient;
+    `teacher` predicts with and without the prompt. Times are host tensors.
+    """
+
+    def consistent(latents: Tensor, times: Tensor) -> Tensor:
+        signal, sigma = solver.roots(times, latents)
+        skip, out = (each.to(latents.device) for each in boundary(times))
+        x0, _ = parts(solver.kind, latents, student(latents, times), signal, sigma)
+        return skip * latents + out * x0
+
+    end = (draw.start - solver.stride).clamp(min=0)
+    signal, sigma = solver.roots(draw.start, clean)
+    noisy = signal * clean + sigma * draw.noise
+    with torch.no_grad():
+        asked, free = teacher(noisy, draw.start)
+        # Guiding the prediction guides clean latents and noise by the same amount: both are linear in it.
+        x0, noise = parts(solver.kind, noisy, asked + draw.guidance * (asked - free), signal, sigma)
+        nearer, left = solver.roots(end, clean)
+        target = consistent(nearer * x0 + left * noise, end)
+    return consistent(noisy, draw.start), target
+
+
+def huber(made: Tensor, target: Tensor, turn: float) -> Tensor:
+    """Pseudo-Huber loss: square below `turn`, linear above."""
+    off = made - target
+    return ((off.square() + turn**2).sqrt() - turn).mean()
+
+
 def attach(unet: UNet2DConditionModel, rank: int) -> None:
     """Freeze the UNet and give it an untrained adapter of this rank."""
     unet.requires_grad_(False)
@@ -82,47 +149,33 @@ def fit(
     """Train an adapter on `unet`, in place; the UNet's own weights stay as they are."""
     torch.manual_seed(plan.seed)
     attach(unet, recipe.rank)
-    alphas = schedule.alphas_cumprod
-    kind = schedule.config.prediction_type
-    stride = 1000 // recipe.solver
+    solver = Solver(schedule.alphas_cumprod, schedule.config.prediction_type, recipe.solver)
 
     def guess_of(latents: Tensor, times: Tensor, states: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             guess: Tensor = unet(latents, times, encoder_hidden_states=states).sample
         return guess.float()
 
-    def roots(times: Tensor) -> tuple[Tensor, Tensor]:
-        alpha = alphas[times].view(-1, 1, 1, 1)
-        return alpha.sqrt(), (1 - alpha).sqrt()
-
-    def consistent(latents: Tensor, times: Tensor, states: Tensor) -> Tensor:
-        signal, sigma = roots(times)
-        skip, out = boundary(times)
-        clean, _ = parts(kind, latents, guess_of(latents, times, states), signal, sigma)
-        return skip * latents + out * clean
-
-    def teach(noisy: Tensor, start: Tensor, end: Tensor, states: Tensor, empty: Tensor) -> Tensor:
-        unet.disable_adapters()
-        both = guess_of(noisy.repeat(2, 1, 1, 1), start.repeat(2), torch.cat((states, empty)))
-        unet.enable_adapters()
-        asked, free = both.chunk(2)
-        w = torch.empty(len(noisy), 1, 1, 1).uniform_(recipe.low, recipe.high)
-        # Guiding the prediction guides clean latents and noise by the same amount: both are linear in it.
-        clean, noise = parts(kind, noisy, asked + w * (asked - free), *roots(start))
-        signal, sigma = roots(end)
-        return signal * clean + sigma * noise
-
     def step(_: int, rng: np.random.Generator) -> Tensor:
         clean, states, empty = batch(rng)
-        start = torch.randint(1, recipe.solver + 1, (len(clean),)) * stride - 1
-        end = (start - stride).clamp(min=0)
-        signal, sigma = roots(start)
-        noisy = signal * clean + sigma * torch.randn_like(clean)
-        with torch.no_grad():
-            near = teach(noisy, start, end, states, empty)
-            target = consistent(near, end, states)
-        off = consistent(noisy, start, states) - target
-        return ((off.square() + recipe.huber**2).sqrt() - recipe.huber).mean()
+
+        def student(latents: Tensor, times: Tensor) -> Tensor:
+            return guess_of(latents, times, states)
+
+        def teacher(latents: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+            unet.disable_adapters()
+            both = guess_of(latents.repeat(2, 1, 1, 1), times.repeat(2), torch.cat((states, empty)))
+            unet.enable_adapters()
+            asked, free = both.chunk(2)
+            return asked, free
+
+        draw = Draw(
+            start=torch.randint(1, recipe.solver + 1, (len(clean),)) * solver.stride - 1,
+            noise=torch.randn_like(clean),
+            guidance=torch.empty(len(clean), 1, 1, 1).uniform_(recipe.low, recipe.high),
+        )
+        made, target = consistency(solver, clean, draw, student, teacher)
+        return huber(made, target, recipe.huber)
 
     unet.train()
     train(step, {"unet": unet}, plan, checkpoint, say=say)

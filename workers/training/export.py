@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from workers.training.errors import TrainingError
+from workers.training.formats import kohya
 
 
 def export_pipeline(
@@ -57,29 +56,9 @@ def export_pipeline(
         raise TrainingError(f"cannot write the pipeline to {folder}: {error}") from error
 
 
-def kohya_keys(unet: UNet2DConditionModel) -> dict[str, Tensor]:
-    """The adapter of a UNet under the key names of the official LCM-LoRA files, fp16.
-
-    `down_blocks.0.resnets.0.conv1` becomes `lora_unet_down_blocks_0_resnets_0_conv1`, with
-    `.lora_down.weight`, `.lora_up.weight` and `.alpha`. Here alpha equals the rank: strength 1.
-    """
-    tensors: dict[str, Tensor] = {}
-    parts = {".lora_A.weight": ".lora_down.weight", ".lora_B.weight": ".lora_up.weight"}
-    for key, value in get_peft_model_state_dict(unet).items():
-        for ours, theirs in parts.items():
-            if key.endswith(ours):
-                stem = "lora_unet_" + key.removesuffix(ours).replace(".", "_")
-                tensors[stem + theirs] = value.detach().to(torch.float16).contiguous()
-                if ours.startswith(".lora_A"):
-                    tensors[stem + ".alpha"] = torch.tensor(float(value.shape[0])).half()
-    if not tensors:
-        raise TrainingError("the UNet has no adapter to export")
-    return tensors
-
-
 def export_lora(path: Path, unet: UNet2DConditionModel, notes: Mapping[str, str]) -> None:
     """Write the adapter of `unet` as one safetensors file that `load_lora_weights` reads."""
-    tensors = kohya_keys(unet)
+    tensors = kohya({"lora_unet": unet})
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         save_file(tensors, path, metadata={"format": "pt", **notes})

@@ -1,0 +1,97 @@
+"""`farm train`: adapters for your own checkpoint. The trainers themselves are programs of `workers.training`."""
+
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from types import NoneType, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+import typer
+from pydantic import ValidationError
+
+from farm.training import VARIABLE, LcmLora, StyleLora, Training
+
+train = typer.Typer(help="Train LoRA adapters for a checkpoint of your own.", no_args_is_help=True)
+
+COMMANDS: dict[str, type[Training]] = {"lcm-lora": LcmLora, "lora": StyleLora}
+HELP = {
+    "lcm-lora": "Distil an LCM-LoRA: the checkpoint in a few steps without guidance. "
+    "The same command again resumes; docs/training.md has recipes.",
+    "lora": "Train a style LoRA on captioned pictures. The same command again resumes; docs/training.md has recipes.",
+}
+PROGRAM = "workers.training.run"
+
+
+def command(name: str) -> Callable[..., None]:
+    """A command with one option for each field of its model, so that help, ranges and trainer cannot disagree."""
+    model = COMMANDS[name]
+
+    def run(**given: Any) -> None:
+        start(checked(model, given))
+
+    parameters = []
+    for field, about in model.model_fields.items():
+        if field == "kind":
+            continue
+        default = inspect.Parameter.empty if about.is_required() else about.get_default()
+        shown = bool(default) and not isinstance(default, tuple)
+        option = typer.Option(flag(field), help=about.description, show_default=shown)
+        kind = Annotated[_plain(about.annotation), option]
+        if isinstance(default, tuple):
+            default = list(default)
+        parameters.append(inspect.Parameter(field, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind))
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {each.name: each.annotation for each in parameters}
+    return run
+
+
+def checked(model: type[Training], given: dict[str, Any]) -> Training:
+    """The options as the trainer takes them. Raises typer.BadParameter, naming the first that is wrong."""
+    try:
+        return model.model_validate(given)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = flag(str(first["loc"][0])) if first["loc"] else None
+        said = str(first["msg"]).removeprefix("Value error, ")
+        raise typer.BadParameter(said, param_hint=where) from error
+
+
+def start(options: Training) -> None:
+    """Become the trainer, or the launcher of one per device."""
+    if find_spec("torch") is None:
+        raise typer.BadParameter("training needs the worker's libraries: pip install 'lcm-farm[worker]'")
+    variables = os.environ | {VARIABLE: options.model_dump_json()}
+    command = ["-m", PROGRAM]
+    # Started by `accelerate launch`, this is one of its processes already.
+    if options.devices > 1 and "LOCAL_RANK" not in os.environ:
+        where = ["--cpu"] if options.cpu else ["--multi_gpu"]
+        launch = ["-m", "accelerate.commands.launch", "--num_machines", "1", "--num_processes", str(options.devices)]
+        command = [*launch, *where, "--mixed_precision", "no", "--dynamo_backend", "no", *command]
+    os.execve(sys.executable, [sys.executable, "-u", *command], variables)  # noqa: S606
+
+
+def flag(field: str) -> str:
+    """The option of a field.
+
+    >>> flag("save_every")
+    '--save-every'
+    """
+    return f"--{field.replace('_', '-')}"
+
+
+def _plain(annotation: Any) -> Any:
+    """What typer reads: without ranges and None, which pydantic checks, and lists for what may be repeated."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _plain(inner[0])
+    if origin in {Union, UnionType}:
+        return next(_plain(each) for each in inner if each is not NoneType) | None
+    if origin is tuple:
+        return list[_plain(inner[0])]  # type: ignore[misc]
+    return annotation
+
+
+for _name, _help in HELP.items():
+    train.command(_name, help=_help)(command(_name))

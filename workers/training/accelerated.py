@@ -1,0 +1,226 @@
+"""The loop of adapter training, through `accelerate`: one or several devices, mixed precision, exact resumption.
+
+Every random number of a pass comes from (seed, pass, process), and the order of pictures from (seed, position), so the
+checkpoint needs no generator's state: adapter, optimizer, scaler and step are everything.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from farm.training import FREE, Training
+from workers.training.base import Base
+from workers.training.errors import TrainingError
+from workers.training.examples import Positions, Rows, passes
+from workers.training.feed import Feed
+from workers.training.loop import Plan, load, save, seed_step
+from workers.training.objectives import Loss
+
+PATIENCE = 10.0
+"""Seconds between two lines of progress, at least."""
+SKIPS = 50
+"""Steps in a row that fp16's scaler may throw away before it has to be something else than its search for a scale."""
+
+
+@dataclass(eq=False)
+class Run:
+    """One training run of an adapter in the folder `out`.
+
+    `facts` says what checkpoint and data are; `on_step` is called with the number of steps done: at the beginning, and
+    after each step. `stop` is asked after each step, on every device.
+    """
+
+    options: Training
+    base: Base
+    accelerator: Accelerator
+    facts: Mapping[str, str]
+    say: Callable[[str], None] = print
+    on_step: Callable[[int], None] = lambda _: None
+    stop: Callable[[], bool] = lambda: False
+    _skipped: int = field(default=0, init=False)
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.options.out / "checkpoint.pt"
+
+    @property
+    def plan(self) -> Plan:
+        o = self.options
+        return Plan(o.steps, o.rate, seed=o.seed, warmup=o.warmup, decay=o.decay, clip=o.clip, save_every=o.save_every)
+
+    def train(self, data: Positions, feed: Feed, loss: Loss) -> int:
+        """Train until the plan ends or `stop` says so; returns the number of steps done in all.
+
+        Raises TrainingError when a loss or gradient is not finite, a picture cannot be read, or a checkpoint cannot be
+        written; the last one then stays as it was.
+        """
+        o, accelerator, plan = self.options, self.accelerator, self.plan
+        weights = [p for p in self.base.network.parameters() if p.requires_grad]
+        kept = self.resume()
+        optimizer = torch.optim.AdamW(weights, lr=o.rate, weight_decay=o.weight_decay)
+        network, optimizer = accelerator.prepare(self.base.network, optimizer)
+        done = 0
+        if kept:
+            done = int(kept["step"])
+            optimizer.load_state_dict(kept["optimizer"])
+            if accelerator.scaler is not None and kept["scaler"]:
+                accelerator.scaler.load_state_dict(kept["scaler"])
+            self.say(f"resuming at step {done} of {plan.steps}")
+        rows = Rows(o.batch, accelerator.process_index, accelerator.num_processes, done * o.accumulate)
+        pace = _Pace(o, done, accelerator.num_processes, self.say)
+        network.train()
+        self.on_step(done)
+        saved = done
+        with closing(passes(data, rows, o.loaders)) as examples:
+            while done < plan.steps:
+                for group in optimizer.param_groups:
+                    group["lr"] = plan.rate_at(done)
+                value = self._step(network, optimizer, weights, examples, feed, loss, done)
+                done += 1
+                pace.step(done, value)
+                over = self._over(pace)
+                if done % plan.save_every == 0 or done == plan.steps or over:
+                    self._save(done, optimizer)
+                    saved = done
+                self.on_step(done)
+                if over:
+                    break
+        if saved < done:
+            self._save(done, optimizer)
+        return done
+
+    def _step(
+        self,
+        network: Any,
+        optimizer: Any,
+        weights: list[Any],
+        examples: Iterator[Any],
+        feed: Feed,
+        loss: Loss,
+        done: int,
+    ) -> float:
+        """One optimizer step: `accumulate` passes. Returns the mean loss over passes and devices."""
+        o, accelerator = self.options, self.accelerator
+        total = 0.0
+        for number in range(o.accumulate):
+            found = next(examples)
+            place = (done * o.accumulate + number) * accelerator.num_processes + accelerator.process_index
+            seed_step(o.seed, place)
+            with accelerator.accumulate(network):
+                given = feed(found)
+                with accelerator.autocast():
+                    value = loss(network, *given)
+                mean = float(accelerator.reduce(value.detach(), "mean"))
+                if not math.isfinite(mean):
+                    raise TrainingError(
+                        f"loss is {mean} at step {done}: try a lower --rate, or bf16 or no --precision. "
+                        f"Last checkpoint: {self.checkpoint}"
+                    )
+                accelerator.backward(value)
+                total += mean
+        norm = float(accelerator.clip_grad_norm_(weights, o.clip))
+        if not math.isfinite(norm) and accelerator.scaler is None:
+            raise TrainingError(f"gradient is {norm} at step {done}. Last checkpoint: {self.checkpoint}")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        # fp16 looks for its scale by overflowing now and then; only without end is it a fault.
+        self._skipped = self._skipped + 1 if accelerator.optimizer_step_was_skipped else 0
+        if self._skipped >= SKIPS:
+            raise TrainingError(
+                f"fp16 gradients overflowed {SKIPS} steps in a row up to step {done}: try --precision bf16. "
+                f"Last checkpoint: {self.checkpoint}"
+            )
+        return total / o.accumulate
+
+    def _over(self, pace: _Pace) -> bool:
+        """Whether any device wants to stop: all of them then do, after the same step."""
+        minutes = self.options.minutes
+        if self.stop() or (minutes is not None and pace.elapsed > minutes * 60):
+            self.accelerator.set_trigger()
+        return bool(self.accelerator.check_trigger())
+
+    def _save(self, done: int, optimizer: Any) -> None:
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler
+            state = {
+                "step": done,
+                "adapter": self._adapter(),
+                "optimizer": optimizer.state_dict(),
+                "scaler": None if scaler is None else scaler.state_dict(),
+                "facts": json.dumps(self._facts()),
+            }
+            save(self.checkpoint, state)
+        self.accelerator.wait_for_everyone()
+
+    def resume(self) -> dict[str, Any]:
+        """Put the adapter of the checkpoint in place and return the rest; empty where there is no checkpoint.
+
+        Raises TrainingError when the checkpoint was made with other options, data or base than now.
+        """
+        if not self.checkpoint.exists():
+            return {}
+        state = load(self.checkpoint)
+        try:
+            before = json.loads(state["facts"])
+            now = self._facts()
+            other = [
+                f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
+                for name in sorted(before.keys() | now.keys())
+                if before.get(name) != now.get(name)
+            ]
+            if other:
+                raise TrainingError(
+                    f"{self.checkpoint} belongs to a run with other options: {'; '.join(other)}. "
+                    "Give the same ones to go on, or another --out to begin anew"
+                )
+            # Every weight is asked for; one too many would be no fault of this run's options.
+            for name, value in self._adapter().items():
+                value.copy_(state["adapter"][name])
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise TrainingError(f"{self.checkpoint} does not fit this run: {error}") from error
+        return state
+
+    def _adapter(self) -> dict[str, torch.Tensor]:
+        return {name: p.detach() for name, p in self.base.network.named_parameters() if p.requires_grad}
+
+    def _facts(self) -> dict[str, Any]:
+        chosen = json.loads(self.options.model_dump_json(exclude=set(FREE)))
+        return {**chosen, **self.facts, "devices": self.accelerator.num_processes}
+
+
+class _Pace:
+    """Progress, with rate and time left."""
+
+    def __init__(self, options: Training, first: int, processes: int, say: Callable[[str], None]) -> None:
+        self.options, self.first, self.say = options, first, say
+        self.pictures = options.batch * options.accumulate * processes
+        self.started = self.lap = time.monotonic()
+        self.lap_step, self.smooth = first, math.nan
+
+    @property
+    def elapsed(self) -> float:
+        return time.monotonic() - self.started
+
+    def step(self, done: int, loss: float) -> None:
+        self.smooth = loss if math.isnan(self.smooth) else 0.95 * self.smooth + 0.05 * loss
+        now, last = time.monotonic(), done == self.options.steps
+        if now - self.lap < PATIENCE and not last and done > self.first + 1:
+            return
+        # The pace of the last lap: a machine that slept or was shared is forgotten at once.
+        pace = (now - self.lap) / (done - self.lap_step)
+        self.lap, self.lap_step = now, done
+        left = pace * (self.options.steps - done) / 60
+        self.say(
+            f"step {done}/{self.options.steps}  loss {self.smooth:.5f}  {pace:.2f} s/step  "
+            f"{self.pictures / max(pace, 1e-9):.2f} pictures/s  {left:.1f} min left"
+        )

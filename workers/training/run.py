@@ -1,0 +1,185 @@
+"""The program behind `farm train`: one process per device, told by the options in FARM_TRAINING as JSON."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from pydantic import TypeAdapter, ValidationError
+
+from farm.errors import FarmError
+from farm.training import VARIABLE, LcmLora, StyleLora
+from workers.training import objectives
+from workers.training.accelerated import Run
+from workers.training.base import Base, attach, open_base
+from workers.training.data import fingerprint, open_source
+from workers.training.distill import TARGETS
+from workers.training.errors import TrainingError
+from workers.training.examples import Cut, Positions
+from workers.training.feed import Cache, Feed, open_cache
+from workers.training.formats import export
+from workers.training.loop import Say
+from workers.training.samples import sheet
+
+Options = LcmLora | StyleLora
+STYLE_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def train(options: Options, *, say: Say = print, stop: Callable[[], bool] = lambda: False) -> list[Path]:
+    """Train an adapter, or go on where an earlier run stopped; returns the files written, none when stopped early.
+
+    Raises TrainingError and InvalidModel, with the last checkpoint kept.
+    """
+    accelerator = _accelerator(options)
+    loud = say if accelerator.is_main_process else _hush
+    base = open_base(options.checkpoint)
+    size = options.pixels or (base.native, base.native)
+    base.check_size(*size)
+    loud(f"checkpoint {options.checkpoint}: {'SDXL' if base.xl else 'SD'}, predicts {base.kind}, {size[0]}x{size[1]}")
+    source = open_source(options.data, options.caption_column, size, options.seed)
+    loud(f"data {options.data}: {len(source)} pictures")
+    facts = {"checkpoint": base.fingerprint, "data": fingerprint(source)}
+    text = isinstance(options, StyleLora) and options.train_text
+    _prepare(base, options, accelerator, text=text)
+    cut = Cut(*size, options.crop, options.flip)
+    cache = _cached(options, base, accelerator, Positions(source, cut, seed=0, drop=0, read=True), facts, loud)
+    data = Positions(source, cut, seed=options.seed, drop=options.drop_captions, read=cache is None)
+    if isinstance(options, LcmLora):
+        loss = objectives.distillation(options, base)
+    else:
+        loss = objectives.denoising(options, base)
+    run = Run(
+        options,
+        base,
+        accelerator,
+        facts | {"size": f"{size[0]}x{size[1]}"},
+        loud,
+        partial(_sample, base, options, size, accelerator),
+        stop,
+    )
+    done = run.train(data, Feed(base, accelerator, text_learns=text, cache=cache), loss)
+    made: list[Path] = []
+    if accelerator.is_main_process:
+        if done < options.steps:
+            loud(f"stopped at step {done} of {options.steps}; the same command goes on")
+        else:
+            made = export(options.out, base, options, _notes(options, done), text=text)
+            for path in made:
+                loud(f"wrote {path}")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return made
+
+
+def _accelerator(options: Options) -> Accelerator:
+    precision = options.precision
+    if precision == "auto":
+        gpu = torch.cuda.is_available() and not options.cpu
+        precision = ("bf16" if torch.cuda.is_bf16_supported() else "fp16") if gpu else "no"
+    # No buffer of these networks changes, and cached runs keep the text encoders in host memory.
+    # SDXL does not use the last layer of its first text encoder.
+    text = isinstance(options, StyleLora) and options.train_text
+    parallel = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=text)
+    try:
+        return Accelerator(
+            mixed_precision=precision,
+            gradient_accumulation_steps=options.accumulate,
+            cpu=options.cpu,
+            kwargs_handlers=[parallel],
+        )
+    except ValueError as error:
+        raise TrainingError(f"--precision {precision}: {error}") from error
+
+
+def _prepare(base: Base, options: Options, accelerator: Accelerator, *, text: bool) -> None:
+    """Number types, devices, and the adapter."""
+    base.network.to(DTYPES[accelerator.mixed_precision])
+    usual = TARGETS if isinstance(options, LcmLora) else STYLE_TARGETS
+    torch.manual_seed(options.seed)
+    attach(
+        base,
+        options.target or usual,
+        chosen=bool(options.target),
+        rank=options.rank,
+        alpha=options.strength,
+        text=text,
+    )
+    if options.gradient_checkpointing:
+        base.network.unet.enable_gradient_checkpointing()
+        if text:
+            for encoder in base.pipeline.encoders:
+                encoder.model.gradient_checkpointing_enable()
+    base.network.to(accelerator.device)
+    base.vae.to(accelerator.device)
+
+
+def _cached(
+    options: Options, base: Base, accelerator: Accelerator, data: Positions, facts: dict[str, str], say: Say
+) -> Cache | None:
+    if not options.cache:
+        return None
+    how = f"{data.how.width}x{data.how.height} flip={data.how.flip}"
+    cache = open_cache(options.out / "cache", data, f"{facts} {how}", base, accelerator, say)
+    base.park()
+    return cache
+
+
+def _sample(base: Base, options: Options, size: tuple[int, int], accelerator: Accelerator, done: int) -> None:
+    every = options.sample_every
+    if every and (done % every == 0 or done == options.steps):
+        path = options.out / "samples" / f"{done:06d}.png"
+        if accelerator.is_main_process:
+            sheet(path, base, options, size, accelerator)
+        accelerator.wait_for_everyone()
+
+
+def _notes(options: Options, done: int) -> dict[str, str]:
+    """What the file says of its making: no path and no host."""
+    return {
+        "modelspec.title": options.out.resolve().name,
+        "ss_steps": str(done),
+        "ss_learning_rate": str(options.rate),
+        "ss_seed": str(options.seed),
+        "ss_training_comment": f"farm train {options.kind}",
+    }
+
+
+def _hush(_: str) -> None:
+    """Only one of several processes speaks."""
+
+
+def main() -> int:
+    """Train as the environment says; 1 and a reason when it cannot, 130 when it was asked to stop."""
+    given: TypeAdapter[Any] = TypeAdapter(Options)
+    asked: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, note)
+    try:
+        options: Options = given.validate_json(os.environ.get(VARIABLE, ""))
+        made = train(options, say=partial(print, flush=True), stop=lambda: bool(asked))
+    except (TrainingError, FarmError, ValidationError) as error:
+        sys.stderr.write(f"training stopped: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("training stopped at once; it goes on from its last checkpoint\n")
+        return 130
+    return 130 if asked and not made else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
