@@ -89,7 +89,7 @@ def _plain(annotation: Any) -> Any:
     if origin in {Union, UnionType}:
         return next(_plain(each) for each in inner if each is not NoneType) | None
     if origin is tuple:
-        return list[_plain(inner[0])]  # type: ignore[misc]
+        return list[str]
     return annotation
 
 

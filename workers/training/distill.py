@@ -85,7 +85,7 @@ class Solver:
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """What is random in a step: timesteps `start` (n,) in host memory, `noise` like latents, `guidance` (n, 1, 1, 1)."""
+    """What is random in a step: host timesteps `start` (n,), `noise` like the latents, `guidance` (n, 1, 1, 1)."""
 
     start: Tensor
     noise: Tensor
