@@ -54,6 +54,10 @@ class Run:
         return self.options.out / "checkpoint.pt"
 
     @property
+    def log(self) -> Path:
+        return self.options.out / "log.ndjson"
+
+    @property
     def plan(self) -> Plan:
         o = self.options
         return Plan(o.steps, o.rate, seed=o.seed, warmup=o.warmup, decay=o.decay, clip=o.clip, save_every=o.save_every)
@@ -78,6 +82,8 @@ class Run:
             self.say(f"resuming at step {done} of {plan.steps}")
         rows = Rows(o.batch, accelerator.process_index, accelerator.num_processes, done * o.accumulate)
         pace = _Pace(o, done, accelerator.num_processes, self.say)
+        if accelerator.is_main_process:
+            self._forget_after(done)
         network.train()
         self.on_step(done)
         saved = done
@@ -88,6 +94,7 @@ class Run:
                 value = self._step(network, optimizer, weights, examples, feed, loss, done)
                 done += 1
                 pace.step(done, value)
+                self._note(done, value, plan.rate_at(done - 1), pace.elapsed)
                 over = self._over(pace)
                 if done % plan.save_every == 0 or done == plan.steps or over:
                     self._save(done, optimizer)
@@ -161,6 +168,25 @@ class Run:
             }
             save(self.checkpoint, state)
         self.accelerator.wait_for_everyone()
+
+    def _note(self, done: int, loss: float, rate: float, seconds: float) -> None:
+        """One line a step, for plots."""
+        if self.accelerator.is_main_process:
+            line = {"step": done, "loss": round(loss, 7), "rate": rate, "seconds": round(seconds, 3)}
+            try:
+                with self.log.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+            except OSError as error:
+                raise TrainingError(f"cannot write {self.log}: {error.strerror}") from error
+
+    def _forget_after(self, done: int) -> None:
+        """A resumed run takes its steps again; the log holds each once."""
+        try:
+            self.options.out.mkdir(parents=True, exist_ok=True)
+            lines = self.log.read_text("utf-8").splitlines() if self.log.exists() else []
+            self.log.write_text("".join(f"{line}\n" for line in lines[:done]), "utf-8")
+        except OSError as error:
+            raise TrainingError(f"cannot write {self.log}: {error.strerror}") from error
 
     def resume(self) -> dict[str, Any]:
         """Put the adapter of the checkpoint in place and return the rest; empty where there is no checkpoint.

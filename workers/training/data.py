@@ -127,7 +127,12 @@ def open_source(said: str, column: str, size: tuple[int, int], seed: int) -> Sou
     if kind == "painter" and not Path(said).exists():
         if count and not (count.isdecimal() and int(count)):
             raise TrainingError(f"--data {said}: write painter:COUNT with a number from 1, such as painter:5000")
-        return Painter(int(count or PAINTED), *size, seed)
+        walls = Painter(int(count or PAINTED), *size, seed)
+        try:
+            walls.open(0)
+        except ValueError as error:
+            raise TrainingError(f"--data {said}: {error}") from error
+        return walls
     tars = shards.files(said)
     source: Source
     if tars:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-from diffusers.utils import convert_state_dict_to_diffusers
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -98,14 +97,20 @@ def _one_file(path: Path, base: Base, options: Training, notes: Mapping[str, str
 
 
 def _diffusers(folder: Path, base: Base, *, text: bool) -> None:
-    """By the pipelines' own `save_lora_weights`, with alpha in the header."""
+    """By the pipelines' own `save_lora_weights`, with alpha in the header.
+
+    PEFT's key spelling as it is: `convert_state_dict_to_diffusers` spells attention layers one way and all others
+    another, and stock diffusers 0.42 then loads only one kind. Text encoders get the `text_model.` that older versions
+    of transformers need and newer ones take away.
+    """
     xl = base.xl
     layers: dict[str, Any] = {"unet": base.network.unet}
     if text:
         layers |= dict(zip(("text_encoder", "text_encoder_2"), base.network.texts, strict=False))
     given: dict[str, Any] = {}
     for part, module in layers.items():
-        given[f"{part}_lora_layers"] = convert_state_dict_to_diffusers(_half(module))
+        front = "" if part == "unet" else "text_model."
+        given[f"{part}_lora_layers"] = {f"{front}{k.removeprefix(front)}": v for k, v in _half(module).items()}
         given[f"{part}_lora_adapter_metadata"] = module.peft_config["default"].to_dict()
     folder.mkdir(parents=True)
     kind = StableDiffusionXLPipeline if xl else StableDiffusionPipeline
