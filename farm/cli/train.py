@@ -22,6 +22,9 @@ HELP = {
     "lora": "Train a style LoRA on captioned pictures. The same command again resumes; docs/training.md has recipes.",
 }
 PROGRAM = "workers.training.run"
+LAUNCHER = "workers.training.launch"
+QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "DIFFUSERS_VERBOSITY": "error"}
+"""Libraries that would talk over the trainer's own lines."""
 
 
 def command(name: str) -> Callable[..., None]:
@@ -38,10 +41,16 @@ def command(name: str) -> Callable[..., None]:
         default = inspect.Parameter.empty if about.is_required() else about.get_default()
         shown = bool(default) and not isinstance(default, tuple)
         option = typer.Option(flag(field), help=about.description, show_default=shown)
-        kind = Annotated[_plain(about.annotation), option]
         if isinstance(default, tuple):
             default = list(default)
-        parameters.append(inspect.Parameter(field, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind))
+        parameters.append(
+            inspect.Parameter(
+                field,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=default,
+                annotation=Annotated[_plain(about.annotation), option],
+            )
+        )
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {each.name: each.annotation for each in parameters}
     return run
@@ -62,13 +71,10 @@ def start(options: Training) -> None:
     """Become the trainer, or the launcher of one per device."""
     if find_spec("torch") is None:
         raise typer.BadParameter("training needs the worker's libraries: pip install 'lcm-farm[worker]'")
-    variables = os.environ | {VARIABLE: options.model_dump_json()}
-    command = ["-m", PROGRAM]
-    # Started by `accelerate launch`, this is one of its processes already.
-    if options.devices > 1 and "LOCAL_RANK" not in os.environ:
-        where = ["--cpu"] if options.cpu else ["--multi_gpu"]
-        launch = ["-m", "accelerate.commands.launch", "--num_machines", "1", "--num_processes", str(options.devices)]
-        command = [*launch, *where, "--mixed_precision", "no", "--dynamo_backend", "no", *command]
+    variables = os.environ | QUIET | {VARIABLE: options.model_dump_json()}
+    # Where `accelerate launch` or `torchrun` started this, it is one of their processes already.
+    several = options.devices > 1 and "LOCAL_RANK" not in os.environ
+    command = ["-m", LAUNCHER, str(options.devices)] if several else ["-m", PROGRAM]
     os.execve(sys.executable, [sys.executable, "-u", *command], variables)  # noqa: S606
 
 

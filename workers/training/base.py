@@ -46,17 +46,23 @@ class Condition:
 
 
 class Network(nn.Module):
-    """UNet and text encoders as one module, so that several devices keep them equal in one go."""
+    """What learns, as one module, so that several devices keep it equal in one go: the UNet, and `learning` texts."""
 
     def __init__(self, pipeline: Pipeline) -> None:
         super().__init__()
         self.unet = pipeline.unet
-        self.texts = nn.ModuleList([encoder.model for encoder in pipeline.encoders])
-        self._pipeline = pipeline
+        self.learning = nn.ModuleList()
+        # In a tuple torch does not look for submodules.
+        self._pipeline = (pipeline,)
+
+    @property
+    def texts(self) -> list[Any]:
+        """The text encoders, learning or not."""
+        return [encoder.model for encoder in self._pipeline[0].encoders]
 
     def read(self, tokens: Sequence[Tensor], full: Tensor) -> tuple[Tensor, Tensor | None]:
         """States and pooled states. `full` (n,) is 0 for an empty text that the pipeline replaces by zeros, else 1."""
-        made = encode(self._pipeline, [_Tokens(each) for each in tokens])
+        made = encode(self._pipeline[0], [_Tokens(each) for each in tokens])
         pooled = None if made.pooled is None else made.pooled * full.view(-1, 1).to(made.pooled.dtype)
         return made.tokens * full.view(-1, 1, 1).to(made.tokens.dtype), pooled
 
@@ -113,8 +119,12 @@ class Base:
 
     def park(self) -> None:
         """Text encoders and autoencoder to host memory, where a run with a cache does not need them."""
-        for module in (self.vae, self.network.texts):
-            module.to("cpu")
+        self.move_helpers(torch.device("cpu"))
+
+    def move_helpers(self, device: torch.device) -> None:
+        """Text encoders and autoencoder to a device."""
+        for module in (self.vae, *self.network.texts):
+            module.to(device)
 
     def check_size(self, width: int, height: int) -> None:
         """Raises TrainingError for a size that its autoencoder cannot halve often enough."""
@@ -187,7 +197,8 @@ def open_base(folder: Path) -> Base:
     if kind == "epsilon" and float(ddim.alphas_cumprod[-1]) == 0.0:
         raise TrainingError(f"{folder}: a schedule that ends in noise alone needs v_prediction, not epsilon")
     network = Network(pipeline)
-    network.requires_grad_(False)
+    for part in (network.unet, *network.texts):
+        part.requires_grad_(False)
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     return Base(pipeline, network, ddim.alphas_cumprod, kind, factor, _fingerprint(folder))
 
@@ -209,7 +220,8 @@ def attach(base: Base, targets: Sequence[str], *, chosen: bool, rank: int, alpha
         targets = [name for name in targets if name in present]
     unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets)))
     if text:
-        for encoder in (each.model for each in base.pipeline.encoders):
+        base.network.learning.extend(base.network.texts)
+        for encoder in base.network.texts:
             encoder.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(TEXT_TARGETS)))
     cast_training_params([unet, *base.network.texts], dtype=torch.float32)
 

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
+from diffusers.utils import logging as diffusers_logging
 from pydantic import TypeAdapter, ValidationError
+from transformers.utils import logging as transformers_logging
 
 from farm.errors import FarmError
 from farm.training import VARIABLE, LcmLora, StyleLora
@@ -81,14 +83,18 @@ def train(options: Options, *, say: Say = print, stop: Callable[[], bool] = lamb
 
 
 def _accelerator(options: Options) -> Accelerator:
+    gpus = 0 if options.cpu else torch.cuda.device_count()
+    if options.devices > max(gpus, 1) and not options.cpu:
+        raise TrainingError(
+            f"--devices {options.devices}: this machine has {gpus} GPUs (--cpu trains on the processor)"
+        )
     precision = options.precision
     if precision == "auto":
         gpu = torch.cuda.is_available() and not options.cpu
         precision = ("bf16" if torch.cuda.is_bf16_supported() else "fp16") if gpu else "no"
-    # No buffer of these networks changes, and cached runs keep the text encoders in host memory.
     # SDXL does not use the last layer of its first text encoder.
     text = isinstance(options, StyleLora) and options.train_text
-    parallel = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=text)
+    parallel = DistributedDataParallelKwargs(find_unused_parameters=text)
     try:
         return Accelerator(
             mixed_precision=precision,
@@ -102,7 +108,8 @@ def _accelerator(options: Options) -> Accelerator:
 
 def _prepare(base: Base, options: Options, accelerator: Accelerator, *, text: bool) -> None:
     """Number types, devices, and the adapter."""
-    base.network.to(DTYPES[accelerator.mixed_precision])
+    for part in (base.network.unet, *base.network.texts):
+        part.to(DTYPES[accelerator.mixed_precision])
     usual = TARGETS if isinstance(options, LcmLora) else STYLE_TARGETS
     torch.manual_seed(options.seed)
     attach(
@@ -116,10 +123,10 @@ def _prepare(base: Base, options: Options, accelerator: Accelerator, *, text: bo
     if options.gradient_checkpointing:
         base.network.unet.enable_gradient_checkpointing()
         if text:
-            for encoder in base.pipeline.encoders:
-                encoder.model.gradient_checkpointing_enable()
+            for encoder in base.network.texts:
+                encoder.gradient_checkpointing_enable()
     base.network.to(accelerator.device)
-    base.vae.to(accelerator.device)
+    base.move_helpers(accelerator.device)
 
 
 def _cached(
@@ -159,11 +166,14 @@ def _hush(_: str) -> None:
 
 def main() -> int:
     """Train as the environment says; 1 and a reason when it cannot, 130 when it was asked to stop."""
+    for library in (diffusers_logging, transformers_logging):
+        library.disable_progress_bar()
     given: TypeAdapter[Any] = TypeAdapter(Options)
     asked: list[int] = []
 
     def note(number: int, _: object) -> None:
-        if asked:
+        # Of several processes each gets a signal twice: from the terminal and from their launcher, who kills in time.
+        if asked and "LOCAL_RANK" not in os.environ:
             raise KeyboardInterrupt
         asked.append(number)
 

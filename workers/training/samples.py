@@ -22,10 +22,8 @@ def sheet(path: Path, base: Base, options: Training, size: tuple[int, int], acce
     pipeline = _pipeline(base, lcm=options.model_dump().get("kind") == "lcm-lora")
     network = base.network
     made = []
-    helpers = (base.vae, network.texts)
     where = base.vae.device
-    for module in helpers:
-        module.to(accelerator.device)
+    base.move_helpers(accelerator.device)
     network.eval()
     with torch.no_grad(), accelerator.autocast():
         for number, prompt in enumerate(options.sample_prompt):
@@ -40,8 +38,7 @@ def sheet(path: Path, base: Base, options: Training, size: tuple[int, int], acce
             ).images
             made.append((_picture(base, latents), prompt))
     network.train()
-    for module in helpers:
-        module.to(where)
+    base.move_helpers(where)
     half = path.with_name(f"{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

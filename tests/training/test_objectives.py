@@ -1,0 +1,187 @@
+"""What adapters learn by, held against truth that is known; and checkpoints nothing can be learned on."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from torch import Tensor
+from torch.nn import functional
+
+from farm.errors import FarmError
+from farm.training import VARIABLE, LcmLora, StyleLora
+from tests.pipelines import toys
+from workers.training import loop, objectives
+from workers.training.base import Condition, open_base
+from workers.training.distill import Draw, Solver, consistency, huber
+from workers.training.errors import TrainingError
+
+ALPHAS = DDIMScheduler(**toys.BETAS).alphas_cumprod
+UNTOLD = Condition(None, None, None)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("steps", [50, 25])
+def test_a_student_that_knows_the_picture_is_told_nothing_new(kind: str, steps: int) -> None:
+    torch.manual_seed(0)
+    clean, solver = torch.randn(3, 4, 4, 4), Solver(ALPHAS, kind, steps)
+
+    def knows(latents: Tensor, times: Tensor) -> Tensor:
+        signal, sigma = solver.roots(times, latents)
+        noise = (latents - signal * clean) / sigma
+        return noise if kind == "epsilon" else signal * noise - sigma * clean
+
+    stride = 1000 // steps
+    assert solver.stride == stride
+    draw = Draw(torch.tensor([2 * stride - 1, 499, 999]), torch.randn_like(clean), torch.full((3, 1, 1, 1), 7.5))
+    made, target = consistency(solver, clean, draw, knows, lambda *given: (knows(*given), knows(*given)))
+    assert torch.allclose(made, clean, atol=2e-3)
+    assert torch.allclose(target, clean, atol=2e-3)
+
+
+def test_guidance_pushes_the_target_away_from_what_is_said_without_the_prompt() -> None:
+    """Against the formula of the paper, written out with the teacher's x0 and noise guided one by one."""
+    torch.manual_seed(0)
+    clean, noise, asked, free = (torch.randn(1, 4, 4, 4) for _ in range(4))
+    start, end, w = 499, 479, 6.0
+    solver = Solver(ALPHAS, "epsilon", 50)
+    draw = Draw(torch.tensor([start]), noise, torch.full((1, 1, 1, 1), w))
+    _, target = consistency(solver, clean, draw, lambda *_: torch.zeros_like(clean), lambda *_: (asked, free))
+    a, b = ALPHAS[start], ALPHAS[end]
+    noisy = a.sqrt() * clean + (1 - a).sqrt() * noise
+    x_asked, x_free = ((noisy - (1 - a).sqrt() * each) / a.sqrt() for each in (asked, free))
+    near = b.sqrt() * (x_asked + w * (x_asked - x_free)) + (1 - b).sqrt() * (asked + w * (asked - free))
+    skip, out = 0.25 / ((10 * end) ** 2 + 0.25), 10 * end / ((10 * end) ** 2 + 0.25) ** 0.5
+    assert torch.allclose(target, skip * near + out * near / b.sqrt(), rtol=1e-4, atol=1e-4)
+
+
+def test_pseudo_huber_is_square_near_zero_and_linear_far_away() -> None:
+    zero = torch.zeros(1)
+    assert huber(torch.tensor([1e-2]), zero, 1.0).item() == pytest.approx(1e-4 / 2, rel=0.01)
+    assert huber(torch.tensor([50.0]), zero, 0.1).item() == pytest.approx(49.9, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_the_style_loss_is_that_of_diffusers_script(kind: str) -> None:
+    schedule = DDIMScheduler(**toys.BETAS, prediction_type=kind)
+    base: Any = SimpleNamespace(alphas=schedule.alphas_cumprod, kind=kind)
+    options = StyleLora(checkpoint=Path("a"), data="b", out=Path("c"), noise_offset=0.1)
+    clean, seen = torch.randn(3, 4, 8, 8), list[tuple[Tensor, Tensor]]()
+
+    def network(latents: Tensor, times: Tensor, _: Condition) -> Tensor:
+        seen.append((latents, times))
+        return torch.full_like(latents, 0.25)
+
+    torch.manual_seed(7)
+    got = objectives.denoising(options, base)(network, clean, UNTOLD, UNTOLD)
+    ((noisy, times),) = seen
+    torch.manual_seed(7)
+    noise = torch.randn(clean.shape) + 0.1 * torch.randn(3, 4, 1, 1)
+    assert torch.allclose(noisy, schedule.add_noise(clean, noise, times), atol=1e-5)
+    target = noise if kind == "epsilon" else schedule.get_velocity(clean, noise, times)
+    assert torch.allclose(got, functional.mse_loss(torch.full_like(clean, 0.25), target), rtol=1e-4)
+
+
+def test_the_range_of_guidance_follows_the_family_unless_given() -> None:
+    plain = LcmLora(checkpoint=Path("a"), data="b", out=Path("c"))
+    assert objectives.guidance(plain, xl=False) == (5.0, 15.0)
+    assert objectives.guidance(plain, xl=True) == (3.0, 15.0)
+    given = plain.model_copy(update={"guidance_low": 0.0, "guidance_high": 2.0})
+    assert objectives.guidance(given, xl=True) == (0.0, 2.0)
+
+
+@pytest.fixture
+def sd(tmp_path: Path) -> Path:
+    return toys.sd(tmp_path)
+
+
+def change(path: Path, **entries: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
+def flow(folder: Path) -> None:
+    name = "FlowMatchEulerDiscreteScheduler"
+    change(folder / "model_index.json", scheduler=["diffusers", name])
+    (folder / "scheduler/scheduler_config.json").write_text(json.dumps({"_class_name": name}))
+
+
+def inpainting(folder: Path) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    pipeline.unet = toys.unet(in_channels=9)
+    pipeline.save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (
+            lambda f: change(f / "model_index.json", _class_name="StableDiffusion3Pipeline"),
+            r"'StableDiffusion3Pipeline' is not one of",
+        ),
+        (inpainting, r"takes 9 channels and gives 4.*inpainting"),
+        (flow, "FlowMatchEulerDiscreteScheduler is no schedule of DDPM noise"),
+        (
+            lambda f: change(f / "scheduler/scheduler_config.json", prediction_type="sample"),
+            "prediction_type 'sample' cannot be trained",
+        ),
+        (
+            lambda f: change(f / "scheduler/scheduler_config.json", rescale_betas_zero_snr=True),
+            "needs v_prediction, not epsilon",
+        ),
+        (lambda f: (f / "unet/diffusion_pytorch_model.safetensors").unlink(), r"unet: no \.safetensors file"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_refused(sd: Path, spoil: Callable[[Path], object], said: str) -> None:
+    assert open_base(sd).native == 64
+    spoil(sd)
+    with pytest.raises((TrainingError, FarmError), match=said):
+        open_base(sd)
+
+
+def test_a_file_or_nothing_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(TrainingError, match="convert it to a diffusers folder"):
+        open_base(tmp_path / "model.safetensors")
+    with pytest.raises(TrainingError, match="no such folder"):
+        open_base(tmp_path / "nothing")
+
+
+def test_sizes_fit_the_autoencoder(sd: Path) -> None:
+    base = open_base(sd)
+    base.check_size(64, 40)
+    with pytest.raises(TrainingError, match="height 44 is no multiple of 8; 48 would be"):
+        base.check_size(64, 44)
+
+
+def test_two_devices_learn_what_one_does_in_two_passes(sd: Path, tmp_path: Path) -> None:
+    """Processes on the CPU, as they are on GPUs: equal random numbers, equal pictures, gradients averaged."""
+    given: dict[str, Any] = {"checkpoint": sd, "data": "painter:3", "size": "32", "steps": 2, "batch": 2, "cpu": True}
+    given |= {"target": ("to_q", "conv1"), "rank": 2, "rate": 0.01}
+    for out, more, program in (
+        ("two", {"devices": 2}, ("workers.training.launch", "2")),
+        ("one", {"accumulate": 2}, ("workers.training.run",)),
+    ):
+        options = StyleLora(**given, **more, out=tmp_path / out)
+        done = subprocess.run(
+            [sys.executable, "-m", *program],
+            env=os.environ | {VARIABLE: options.model_dump_json(), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=150,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("step 2/2") == 1, "one process speaks"
+    two, one = (loop.load(tmp_path / out / "checkpoint.pt")["adapter"] for out in ("two", "one"))
+    assert max(float(value.abs().max()) for name, value in one.items() if "lora_B" in name) > 0.005
+    for name, value in one.items():
+        assert torch.allclose(value, two[name], rtol=1e-4, atol=1e-6), name
