@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-import resource
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from peft import PeftModel
 from PIL import Image
@@ -22,65 +17,18 @@ from safetensors.torch import load_file
 
 from farm.training import LcmLora, StyleLora
 from tests.pipelines import toys
+from tests.training.conftest import FEW, Folders, hush, weights
 from workers.pipelines.adapters import read_adapter
 from workers.pipelines.load import load as load_pipeline
 from workers.pipelines.targets import aliases
 from workers.training import loop, objectives, run
-from workers.training.errors import TrainingError
 
-FEW = {"target": ("to_q", "conv1"), "rank": 2, "batch": 2, "size": "32", "cpu": True}
-Folders = dict[str, Path]
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> Folders:
-    return {"sd": toys.sd(tmp_path_factory.mktemp("sd")), "sdxl": toys.sdxl(tmp_path_factory.mktemp("sdxl"))}
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
-    for number in range(5):
-        shape = (20 + 4 * number, 24, 3)
-        Image.fromarray(rng.integers(0, 255, shape, dtype=np.uint8)).save(folder / f"{number}.png")
-        (folder / f"{number}.txt").write_text(f"wall {number}")
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Equal sums every time, and accelerate's process-wide state gone afterwards."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
-def hush(_: str) -> None:
-    """Say nothing."""
-
-
-def weights(path: Path) -> dict[str, torch.Tensor]:
-    adapter: dict[str, torch.Tensor] = loop.load(path / "checkpoint.pt")["adapter"]
-    return adapter
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def same(one: Path, other: Path) -> bool:
     first, second = weights(one), weights(other)
     return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
-
-
-@contextmanager
-def small_disk(room: int) -> Iterator[None]:
-    """No file may grow beyond `room` bytes: what a full disk does, without filling one."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
@@ -281,74 +229,6 @@ def test_contact_sheets_come_as_planned(bases: Folders, pictures: Path, tmp_path
     with Image.open(sheets[0]) as first, Image.open(sheets[-1]) as last:
         assert first.size == last.size
         assert first.tobytes() != last.tobytes(), "the adapter is in the pictures"
-
-
-def test_nan_ends_the_run_and_keeps_the_last_checkpoint(bases: Folders, pictures: Path, tmp_path: Path) -> None:
-    options = StyleLora(
-        checkpoint=bases["sd"], data=str(pictures), out=tmp_path, steps=5, rate=1e30, save_every=1, **FEW
-    )
-    with pytest.raises(TrainingError, match=r"(loss|gradient) is nan at step \d.*checkpoint.pt"):
-        run.train(options, say=hush)
-    assert all(value.isfinite().all() for value in weights(tmp_path).values())
-
-
-def test_a_full_disk_keeps_the_last_good_checkpoint(bases: Folders, pictures: Path, tmp_path: Path) -> None:
-    def options(steps: int) -> StyleLora:
-        return StyleLora(checkpoint=bases["sd"], data=str(pictures), out=tmp_path, steps=steps, save_every=2, **FEW)
-
-    run.train(options(2), say=hush)
-    before = (tmp_path / "checkpoint.pt").read_bytes()
-    (tmp_path / "checkpoint.part").symlink_to("/dev/full")
-    with pytest.raises(TrainingError, match=r"cannot write checkpoint .*checkpoint\.pt"):
-        run.train(options(4), say=hush)
-    assert (tmp_path / "checkpoint.pt").read_bytes() == before
-    assert len(run.train(options(4), say=hush)) == 1, "with room again it goes on"
-
-
-def test_a_full_disk_keeps_the_last_adapter_and_starts_no_cache(
-    bases: Folders, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def options(**more: Any) -> StyleLora:
-        given = {**FEW, "rank": 256, "steps": 1, "out": tmp_path, **more}
-        return StyleLora(checkpoint=bases["sd"], data=str(pictures), **given)
-
-    (path,) = run.train(options(), say=hush)
-    before, real = path.read_bytes(), run.export
-
-    def little_room(*given: Any, **more: Any) -> Any:
-        with small_disk(200_000):
-            return real(*given, **more)
-
-    monkeypatch.setattr(run, "export", little_room)
-    for form in ("kohya", "diffusers", "peft"):
-        with pytest.raises(TrainingError, match="cannot write the adapter"):
-            run.train(options(format=(form,)), say=hush)
-    assert path.read_bytes() == before
-
-    def full(*_: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(TrainingError, match=r"cannot take \d+ bytes for the cache .*: No space left"):
-        run.train(options(cache=True, out=tmp_path / "new"), say=hush)
-
-
-def test_other_options_are_told_apart_from_a_resumption(bases: Folders, pictures: Path, tmp_path: Path) -> None:
-    given = {**FEW, "checkpoint": bases["sd"], "data": str(pictures), "out": tmp_path, "steps": 1}
-    run.train(StyleLora(**given), say=hush)
-    with pytest.raises(TrainingError, match=r"rank was 2, is 3; .* another --out"):
-        run.train(StyleLora(**{**given, "rank": 3, "seed": 9}), say=hush)
-    with pytest.raises(TrainingError, match="data was '"):
-        run.train(StyleLora(**{**given, "data": "painter:4"}), say=hush)
-    (tmp_path / "checkpoint.pt").write_bytes(b"half a checkpoint")
-    with pytest.raises(TrainingError, match="cannot read checkpoint"):
-        run.train(StyleLora(**given), say=hush)
-
-
-def test_unknown_targets_are_refused_with_near_names(bases: Folders, pictures: Path, tmp_path: Path) -> None:
-    given = {**FEW, "target": ("to_q", "to_kk"), "steps": 1}
-    with pytest.raises(TrainingError, match=r"no linear or convolution layer 'to_kk' \(near: .*to_k"):
-        run.train(LcmLora(checkpoint=bases["sd"], data=str(pictures), out=tmp_path, **given), say=hush)
 
 
 def test_half_precision_of_bfloat16_trains(bases: Folders, pictures: Path, tmp_path: Path) -> None:
