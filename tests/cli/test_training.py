@@ -104,6 +104,7 @@ def test_without_torch_it_says_what_to_install(
     assert not started
 
 
+@pytest.mark.timeout(300)
 def test_the_whole_way_from_a_terminal(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     given = ("--checkpoint", str(tmp_path), "--data", "painter", "--out", str(tmp_path / "made"))
@@ -111,7 +112,7 @@ def test_the_whole_way_from_a_terminal(tmp_path: Path) -> None:
         [sys.executable, "-m", "farm.cli", "train", "lora", *given],
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=280,
         check=False,
     )
     assert done.returncode == 1

@@ -162,6 +162,7 @@ def test_sizes_fit_the_autoencoder(sd: Path) -> None:
         base.check_size(64, 44)
 
 
+@pytest.mark.timeout(300)
 def test_two_devices_learn_what_one_does_in_two_passes(sd: Path, tmp_path: Path) -> None:
     """Processes on the CPU, as they are on GPUs: equal random numbers, equal pictures, gradients averaged."""
     given: dict[str, Any] = {"checkpoint": sd, "data": "painter:3", "size": "32", "steps": 2, "batch": 2, "cpu": True}
@@ -176,7 +177,7 @@ def test_two_devices_learn_what_one_does_in_two_passes(sd: Path, tmp_path: Path)
             env=os.environ | {VARIABLE: options.model_dump_json(), "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
-            timeout=150,
+            timeout=280,
             check=False,
         )
         assert done.returncode == 0, done.stderr
