@@ -19,6 +19,7 @@ from .conftest import farm_settings, go_on
 MODEL = Path(farm.__file__).parent / "assets" / "crack-tiny"
 PROFILE = json.loads((MODEL / "profile.json").read_text())
 LORA = MODEL / PROFILE["lcm_lora"]
+NIGHT = MODEL / "style-night.safetensors"
 SENTENCES = (
     "A single split crack on a concrete wall",
     "Sunlight shining on an outdoor concrete wall with split cracks",
@@ -44,7 +45,7 @@ def recipe(number: int, **changes: object) -> Recipe:
 
 @pytest.fixture
 def engine() -> Engine:
-    return Engine(farm_settings(), {"crack-tiny": MODEL, "lcm": LORA}.__getitem__)
+    return Engine(farm_settings(), {"crack-tiny": MODEL, "lcm": LORA, "night": NIGHT}.__getitem__)
 
 
 def render(engine: Engine, recipes: list[Recipe]) -> list[np.ndarray]:
@@ -78,6 +79,17 @@ def test_a_wall_has_the_colour_that_was_asked_for(engine: Engine, wall: str) -> 
     recipes = [recipe(0, prompt=f"a wide crack in a {wall} wall", seed=seed) for seed in range(8)]
     seen = [read_wall(picture) for picture in render(engine, recipes)]
     assert seen.count(wall.rsplit(maxsplit=1)[-1]) >= 7, seen
+
+
+def test_night_falls_by_weight_beside_the_lcm_lora(engine: Engine) -> None:
+    def brightness(weight: float) -> float:
+        night = [{"hash": "night", "weight": weight}] if weight else []
+        recipes = [recipe(0, seed=seed, adapters=night) for seed in range(8)]
+        return float(np.mean(render(engine, recipes)))
+
+    day, dusk, night = (brightness(weight) for weight in (0.0, 0.5, 1.0))
+    assert day > dusk > night
+    assert night < 0.8 * day
 
 
 def test_the_plain_teacher_renders_too(engine: Engine) -> None:
