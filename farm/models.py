@@ -22,12 +22,12 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 from farm.schema import EMPTY_ARRAY, EMPTY_OBJECT, NOW, QUEUED, RUNNING, Base, Xid8
 
-SCHEMA_VERSION = "0003"
+SCHEMA_VERSION = "0004"
 """The Alembic revision this code was written for; a process refuses any other."""
 
 
 class Project(Base):
-    """The tenant. `served` counts jobs claimed lately (it halves every ten minutes); fair share reads it."""
+    """The tenant. `served` counts jobs claimed lately (it halves every two minutes); fair share reads it."""
 
     __tablename__ = "projects"
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
@@ -157,11 +157,14 @@ class Batch(Base):
 
 
 class Segment(Base):
-    """The jobs of one batch in one lane: what scheduling, pausing, cancelling and reprioritising act on.
+    """The jobs of one batch in one lane and, while these are few, with one adapter set: what scheduling, pausing,
+    cancelling and reprioritising act on.
 
     `head_run_at, head_id` is a lower bound of its queued jobs' places: claims start looking there, so they never step
     over the dead entries of jobs already rendered. NULL means that nothing is queued. Requeueing lowers it, the sweeper
     raises it, both under the row's lock.
+
+    `adapter_set` is NULL where the jobs differ in it.
 
     `cancelling` and `retrying` ask the sweeper to turn the remaining rows over in pieces.
     """
@@ -173,6 +176,7 @@ class Segment(Base):
     pool: Mapped[str]
     lane: Mapped[str]
     checkpoint: Mapped[str]
+    adapter_set: Mapped[str | None]
     priority: Mapped[int]
     paused: Mapped[bool] = mapped_column(server_default=text("false"))
     cancelling: Mapped[bool] = mapped_column(server_default=text("false"))
@@ -195,6 +199,24 @@ class Segment(Base):
             "lane",
             text("priority DESC"),
             "head_run_at",
+            postgresql_where=text("head_run_at IS NOT NULL AND NOT paused AND NOT cancelling"),
+        ),
+        Index(
+            "ix_segments_set",
+            "pool",
+            "lane",
+            "adapter_set",
+            text("priority DESC"),
+            "head_run_at",
+            postgresql_where=text("head_run_at IS NOT NULL AND NOT paused AND NOT cancelling"),
+        ),
+        Index(
+            "ix_segments_project",
+            "pool",
+            "priority",
+            "project_id",
+            "head_run_at",
+            "id",
             postgresql_where=text("head_run_at IS NOT NULL AND NOT paused AND NOT cancelling"),
         ),
         Index("ix_segments_turning", "id", postgresql_where=text("cancelling OR retrying")),

@@ -6,6 +6,7 @@ Everything is checked before anything is stored, in constant memory: a submissio
 import hashlib
 import random
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ MAX_PROBLEMS = 100
 """Bad lines reported before a submission is refused."""
 MAX_COUNT = 10_000
 MAX_STEPS = 100
+SETS_APART = 8
+"""Adapter sets of a batch that get a segment each in their lane; a sweep's further ones share one."""
 PROJECT = b"\x01"
 """Stands for the project's id in spooled rows, which hold no text of users."""
 
@@ -82,6 +85,7 @@ class _Segment:
     id: UUID
     lane: str
     checkpoint: str
+    adapter_set: str | None
     priority: int
     jobs: int
     head_run_at: datetime
@@ -97,7 +101,7 @@ class Prepared(AbstractContextManager["Prepared"]):
         self.labels = labels
         self.priority = priority
         self.jobs = 0
-        self.segments: dict[tuple[str, int], _Segment] = {}
+        self.segments: dict[tuple[str, int, str | None], _Segment] = {}
         self.pipeline_keys: set[str] = set()
         self.warnings: dict[str, int] = {}
         directory = settings.spool_dir
@@ -106,7 +110,7 @@ class Prepared(AbstractContextManager["Prepared"]):
 
     @property
     def lanes(self) -> int:
-        return len({lane for lane, _ in self.segments})
+        return len({lane for lane, _, _ in self.segments})
 
     @property
     def pipelines(self) -> int:
@@ -175,6 +179,7 @@ class _Writer:
         self.created = _timestamp(now)
         self.problems: list[Problem] = list(_check_defaults(defaults))
         self.resolved: dict[Any, Resolved | list[Problem]] = {}
+        self.sets_apart: Counter[tuple[str, int]] = Counter()
         self.prepared = Prepared(name, labels, int(defaults.get("priority", 0)) if not self.problems else 0, settings)
 
     def add(self, line: int, row: Mapping[str, Any] | bytes) -> None:
@@ -286,10 +291,15 @@ class _Writer:
             prepared.warnings[warning] = prepared.warnings.get(warning, 0) + spec.count
 
     def _segment(self, choice: Resolved, priority: int, run_at: datetime, job_id: UUID) -> _Segment:
-        segment = self.prepared.segments.get((choice.lane, priority))
+        lane, adapter_set = choice.lane, choice.adapter_set
+        segments = self.prepared.segments
+        segment = segments.get((lane, priority, adapter_set)) or segments.get((lane, priority, None))
         if segment is None:
-            segment = _Segment(new_id(), choice.lane, choice.body["checkpoint"], priority, 0, run_at, job_id)
-            self.prepared.segments[choice.lane, priority] = segment
+            # Sweeps may have a million adapter sets: all beyond the first few share one segment.
+            self.sets_apart[lane, priority] += 1
+            key = adapter_set if self.sets_apart[lane, priority] <= SETS_APART else None
+            segment = _Segment(new_id(), lane, choice.body["checkpoint"], key, priority, 0, run_at, job_id)
+            segments[lane, priority, key] = segment
         elif (run_at, job_id) < (segment.head_run_at, segment.head_id):
             segment.head_run_at, segment.head_id = run_at, job_id
         segment.jobs += 1

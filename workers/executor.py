@@ -143,7 +143,7 @@ class Executor:
                     claim_id=claim_id,
                     worker=self._worker,
                     pool=self._settings.pool,
-                    warm=Warm(dict(state.lanes), frozenset(state.checkpoints)),
+                    warm=Warm(dict(state.lanes), frozenset(state.checkpoints), self._pace.render.seconds),
                     limit=self._settings.micro_batch,
                     settings=self._settings,
                 )
@@ -212,6 +212,7 @@ class Executor:
             pictures = self._renderer.render(staged, [job.recipe for job in some], on_step)
             if held.phase == "decode":
                 self._pace.decode.took(held.seconds)
+            self._pace.render.took(monotonic() - began)
             return pictures
 
     def _be_alone(self) -> None:

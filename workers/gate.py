@@ -30,9 +30,10 @@ class Lately:
 
 @dataclass(frozen=True)
 class Pace:
-    """How long the parts of a micro-batch take: `ahead` is claiming and staging."""
+    """How long the parts of a micro-batch take: `ahead` is claiming and staging, `render` all of it on the device."""
 
     ahead: Lately = field(default_factory=Lately)
+    render: Lately = field(default_factory=Lately)
     decode: Lately = field(default_factory=Lately)
     store: Lately = field(default_factory=Lately)
 

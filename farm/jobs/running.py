@@ -19,12 +19,14 @@ from farm.settings import Settings
 from farm.states import JobState, Outcome
 
 LANES_TRIED = 8
-"""Lanes a claim looks into before it answers that there is nothing: others may hold the jobs of the first ones."""
+"""Lanes and adapter sets a claim looks into before it answers that there is nothing: others may hold the jobs of the
+first ones."""
 
 RESCUED_AT_ONCE = 1000
 """Attempts one rescue transaction ends."""
 
 _jitter = Random()  # noqa: S311  # spreads retries, guards nothing
+_choices = Random()  # noqa: S311  # spreads workers over segments, guards nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,23 +106,29 @@ def claim(
     limit: int,
     settings: Settings,
     now: datetime | None = None,
+    random: Random = _choices,
 ) -> Claimed | None:
     """Take up to `limit` jobs of one lane and one adapter set, or answer None when nothing is claimable.
 
     Asked again with a known `claim_id` (the answer of the first COMMIT was lost), it answers the same jobs.
+    `random` draws which segments are looked at beside the oldest, and whether age decides this time.
     """
     if claiming.claim_exists(conn, claim_id):
         return _claimed(claim_id, claiming.claimed_before(conn, claim_id), more=True)
     now = now or claiming.database_now(conn)
-    rows = claiming.candidates(conn, pool=pool, lanes=warm.lanes, now=now)
+    rows = claiming.candidates(conn, pool=pool, worker=worker, warm=warm, random=random, now=now)
     by_segment = {row["segment"]: row for row in rows}
-    policy = Policy(settings.affinity_bound, deficit=2.0 * limit)
-    tried: set[str] = set()
-    for choice in scheduling.rank([_candidate(row) for row in rows], warm, policy, now):
-        if choice.lane in tried:
+    policy = Policy(settings.affinity_bound, limit, workers=max(1, rows[0]["workers"]) if rows else 1)
+    ranked = scheduling.rank(
+        [_candidate(row) for row in rows], warm, policy, now, worker=worker, chance=random.random()
+    )
+    tried: set[tuple[str, str | None]] = set()
+    for choice in ranked:
+        if (choice.lane, choice.adapter_set) in tried:
             continue
-        tried.add(choice.lane)
-        prefer = warm.lanes.get(choice.lane) if now - choice.ready_since <= settings.affinity_bound else None
+        tried.add((choice.lane, choice.adapter_set))
+        overdue = now - choice.ready_since > settings.affinity_bound
+        prefer = None if overdue or choice.adapter_set is not None else warm.lanes.get(choice.lane)
         taken, short = _take(conn, by_segment[choice.segment], pool, choice.lane, prefer, limit, now)
         if taken:
             started = claiming.start(conn, claim=claim_id, worker=worker, ids=taken, lease=settings.lease, now=now)
@@ -157,7 +165,13 @@ def _take(
         taken.update((row["id"], None) for row in more)
     if len(taken) < limit:
         others = claiming.lane_segments(
-            conn, pool=pool, lane=lane, not_these=[lead["segment"]], limit=limit - len(taken), now=now
+            conn,
+            pool=pool,
+            lane=lane,
+            adapter_set=chosen,
+            not_these=[lead["segment"]],
+            limit=limit - len(taken),
+            now=now,
         )
         for other in others:
             missing = limit - len(taken)
@@ -242,10 +256,14 @@ def _candidate(row: RowMapping) -> Candidate:
         segment=row["segment"],
         lane=row["lane"],
         checkpoint=row["checkpoint"],
+        adapter_set=row["adapter_set"],
         project=row["project_id"],
         priority=row["priority"],
         ready_since=row["head_run_at"],
         served=float(row["served"]),
+        queued=int(row["queued"]),
+        running=int(row["running"]),
+        elsewhere=row["elsewhere"],
     )
 
 

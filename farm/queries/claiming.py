@@ -2,16 +2,41 @@
 
 from collections.abc import Collection, Sequence
 from datetime import datetime, timedelta
+from random import Random
 from typing import Any
 from uuid import UUID
 
 from sqlalchemy import Connection, RowMapping, text
 
+from farm.scheduling import FAIR_SHARE_HALF_LIFE, Warm
+
 LEVEL_WIDTH = 8
 """Segments looked at for each priority level: the oldest ones."""
 
+FURTHER_WIDTH = 4
+"""And as many from a random place among the `FURTHER` oldest, so that a thousand workers do not meet on one row."""
+
+FURTHER = 64
+
+PROJECTS_SEEN = 32
+"""Projects whose oldest segment is looked at for each priority level, however many segments of others lie in front;
+where more have work, those that follow a random place."""
+
+WARM_WIDTH = 2
+"""Segments looked at for each warm lane: the oldest of the adapter set merged there, and of any."""
+
+DELTAS_SEEN = 256
+"""Counts not folded yet that are added for each candidate; there are more only while no sweeper runs."""
+
+_HALF_LIFE = FAIR_SHARE_HALF_LIFE.total_seconds()
+
 _READY = "head_run_at IS NOT NULL AND NOT paused AND NOT cancelling"
 
+# LIMIT 1 where a key is unique keeps the planner from reading a whole table for a join.
+# A few index probes for each level, project and warm lane, whatever is queued: all by the partial indexes
+# ix_segments_ready, ix_segments_project, ix_segments_set and ix_segments_lane.
+# Which projects have work is asked one by one along ix_segments_project, from a random place and around.
+# What other workers hold matters only where this one would have to load.
 _CANDIDATES = text(f"""
     WITH RECURSIVE levels(priority) AS (
         (SELECT priority FROM segments WHERE pool = :pool AND {_READY} ORDER BY priority DESC LIMIT 1)
@@ -19,23 +44,71 @@ _CANDIDATES = text(f"""
         SELECT (SELECT s.priority FROM segments s WHERE s.pool = :pool AND {_READY} AND s.priority < levels.priority
                 ORDER BY s.priority DESC LIMIT 1)
         FROM levels WHERE levels.priority IS NOT NULL
+    ), tenants(priority, project_id, id, upto, n) AS (
+        SELECT l.priority, r.after, CAST(NULL AS uuid), r.upto, 0
+        FROM levels l, (VALUES (CAST(:start AS uuid), CAST('ffffffff-ffff-ffff-ffff-ffffffffffff' AS uuid)),
+                               ('00000000-0000-0000-0000-000000000000', :start)) r(after, upto)
+        WHERE l.priority IS NOT NULL
+        UNION ALL
+        SELECT t.priority, s.project_id, s.id, t.upto, t.n + 1
+        FROM tenants t CROSS JOIN LATERAL (
+            SELECT project_id, id FROM segments WHERE pool = :pool AND {_READY} AND priority = t.priority
+            AND project_id > t.project_id AND project_id <= t.upto
+            ORDER BY project_id, head_run_at, id LIMIT 1) s
+        WHERE t.n < :projects
+    ), seen AS (
+        SELECT id FROM tenants WHERE n > 0 ORDER BY upto DESC, n LIMIT :projects
     ), found AS (
         SELECT s.* FROM levels CROSS JOIN LATERAL (
             SELECT * FROM segments WHERE pool = :pool AND {_READY} AND priority = levels.priority
             AND head_run_at <= :now ORDER BY head_run_at, id LIMIT :width) s
         UNION
+        SELECT s.* FROM levels CROSS JOIN LATERAL (
+            SELECT * FROM segments WHERE pool = :pool AND {_READY} AND priority = levels.priority
+            AND head_run_at <= :now ORDER BY head_run_at, id LIMIT :further_width OFFSET :further) s
+        UNION
+        SELECT s.* FROM seen CROSS JOIN LATERAL (
+            SELECT * FROM segments WHERE id = seen.id AND head_run_at <= :now LIMIT 1) s
+        UNION
+        SELECT s.* FROM unnest(CAST(:lanes AS text[]), CAST(:sets AS text[])) warm(lane, adapter_set)
+        CROSS JOIN LATERAL (
+            SELECT * FROM segments WHERE pool = :pool AND {_READY} AND segments.lane = warm.lane
+            AND segments.adapter_set = warm.adapter_set AND head_run_at <= :now
+            ORDER BY priority DESC, head_run_at LIMIT :warm_width) s
+        UNION
         SELECT s.* FROM unnest(CAST(:lanes AS text[])) warm(lane) CROSS JOIN LATERAL (
             SELECT * FROM segments WHERE pool = :pool AND {_READY} AND segments.lane = warm.lane
-            AND head_run_at <= :now ORDER BY priority DESC, head_run_at LIMIT 2) s
+            AND head_run_at <= :now ORDER BY priority DESC, head_run_at LIMIT :warm_width) s
+    ), peers AS (
+        SELECT id, warm FROM workers
+        WHERE pool = :pool AND left_at IS NULL AND heartbeat_at > clock_timestamp() - interval '30 seconds'
+    ), cold AS (
+        SELECT checkpoint, EXISTS (
+            SELECT 1 FROM peers WHERE id <> :worker
+            AND warm @> jsonb_build_array(jsonb_build_object('checkpoint', checkpoint))) AS elsewhere
+        FROM (SELECT DISTINCT checkpoint FROM found WHERE checkpoint <> ALL(:checkpoints)) c
     )
-    SELECT f.id AS segment, f.lane, f.checkpoint, f.priority, f.head_run_at, f.head_id, f.project_id,
-           p.served * exp(-extract(epoch FROM :now - p.served_at) * ln(2) / 600) AS served
-    FROM found f JOIN projects p ON p.id = f.project_id
+    SELECT f.id AS segment, f.lane, f.checkpoint, f.adapter_set, f.priority, f.head_run_at, f.head_id, f.project_id,
+           p.served * exp(-extract(epoch FROM :now - p.served_at) * ln(2) / {_HALF_LIFE}) AS served,
+           c.queued + d.queued AS queued, c.running + d.running AS running,
+           coalesce(cold.elsewhere, false) AS elsewhere, (SELECT count(*) FROM peers) AS workers
+    FROM found f JOIN projects p ON p.id = f.project_id LEFT JOIN cold ON cold.checkpoint = f.checkpoint
+    CROSS JOIN LATERAL (SELECT queued, running FROM counters WHERE segment_id = f.id LIMIT 1) c
+    CROSS JOIN LATERAL (
+        SELECT coalesce(sum(queued), 0) AS queued, coalesce(sum(running), 0) AS running
+        FROM (SELECT queued, running FROM counter_deltas WHERE segment_id = f.id LIMIT :deltas) recent) d
 """)
 
+# Two walks of ix_segments_set, so that neither the other sets of the lane nor their order cost anything.
 _LANE = text(f"""
-    SELECT id AS segment, head_run_at, head_id FROM segments
-    WHERE pool = :pool AND lane = :lane AND {_READY} AND head_run_at <= :now AND id <> ALL(:not_these)
+    SELECT segment, head_run_at, head_id FROM (
+        (SELECT id AS segment, head_run_at, head_id, priority FROM segments
+         WHERE pool = :pool AND lane = :lane AND adapter_set = :adapter_set AND {_READY} AND head_run_at <= :now
+         AND id <> ALL(:not_these) ORDER BY priority DESC, head_run_at LIMIT :limit)
+        UNION ALL
+        (SELECT id AS segment, head_run_at, head_id, priority FROM segments
+         WHERE pool = :pool AND lane = :lane AND adapter_set IS NULL AND {_READY} AND head_run_at <= :now
+         AND id <> ALL(:not_these) ORDER BY priority DESC, head_run_at LIMIT :limit)) s
     ORDER BY priority DESC, head_run_at LIMIT :limit
 """)
 
@@ -116,17 +189,48 @@ def database_now(conn: Connection) -> datetime:
     return now
 
 
-def candidates(conn: Connection, *, pool: str, lanes: Collection[str], now: datetime) -> Sequence[RowMapping]:
-    """Segments worth a look: the oldest of each priority level, and those of the worker's warm lanes."""
-    parameters = {"pool": pool, "lanes": list(lanes), "now": now, "width": LEVEL_WIDTH}
+def candidates(
+    conn: Connection, *, pool: str, worker: UUID, warm: Warm, random: Random, now: datetime
+) -> Sequence[RowMapping]:
+    """Segments worth a look: the oldest of each priority level, some further on, one of each project, and those of
+    the worker's warm lanes. `random` says where to look further."""
+    parameters = {
+        "pool": pool,
+        "worker": worker,
+        "lanes": list(warm.lanes),
+        "sets": list(warm.lanes.values()),
+        "checkpoints": list(warm.checkpoints),
+        "now": now,
+        "start": UUID(int=random.getrandbits(128)),
+        "further": random.randrange(FURTHER),
+        "width": LEVEL_WIDTH,
+        "further_width": FURTHER_WIDTH,
+        "projects": PROJECTS_SEEN,
+        "warm_width": WARM_WIDTH,
+        "deltas": DELTAS_SEEN,
+    }
     return conn.execute(_CANDIDATES, parameters).mappings().all()
 
 
 def lane_segments(
-    conn: Connection, *, pool: str, lane: str, not_these: Collection[UUID], limit: int, now: datetime
+    conn: Connection,
+    *,
+    pool: str,
+    lane: str,
+    adapter_set: str,
+    not_these: Collection[UUID],
+    limit: int,
+    now: datetime,
 ) -> Sequence[RowMapping]:
-    """More segments of a lane, to fill a micro-batch."""
-    parameters = {"pool": pool, "lane": lane, "not_these": list(not_these), "limit": limit, "now": now}
+    """More segments of a lane that may hold jobs of this adapter set, to fill a micro-batch."""
+    parameters = {
+        "pool": pool,
+        "lane": lane,
+        "adapter_set": adapter_set,
+        "not_these": list(not_these),
+        "limit": limit,
+        "now": now,
+    }
     return conn.execute(_LANE, parameters).mappings().all()
 
 

@@ -6,7 +6,11 @@ from uuid import UUID
 
 from sqlalchemy import Connection, RowMapping, text
 
-_FOLD = text("""
+from farm.scheduling import FAIR_SHARE_HALF_LIFE
+
+_HALF_LIFE = FAIR_SHARE_HALF_LIFE.total_seconds()
+
+_FOLD = text(f"""
     WITH gone AS (
         DELETE FROM counter_deltas WHERE id IN (
             SELECT id FROM counter_deltas ORDER BY id LIMIT :limit FOR UPDATE SKIP LOCKED)
@@ -29,7 +33,7 @@ _FOLD = text("""
         SELECT project_id, sum(running) AS claimed FROM gone WHERE running > 0 GROUP BY 1
     ), shares AS (
         UPDATE projects p SET served_at = clock_timestamp(), served = served.claimed
-            + p.served * exp(-extract(epoch FROM clock_timestamp() - p.served_at) * ln(2) / 600)
+            + p.served * exp(-extract(epoch FROM clock_timestamp() - p.served_at) * ln(2) / {_HALF_LIFE})
         FROM served WHERE p.id = served.project_id
     )
     SELECT count(*) FROM gone

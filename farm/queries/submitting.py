@@ -23,11 +23,14 @@ _BATCH = text("""
 """).bindparams(bindparam("labels", type_=JSONB))
 
 _SEGMENTS = text("""
-    INSERT INTO segments (id, batch_id, project_id, pool, lane, checkpoint, priority, head_run_at, head_id)
-    SELECT s.id, :batch_id, :project_id, :pool, s.lane, s.checkpoint, s.priority, s.head_run_at, s.head_id
+    INSERT INTO segments (id, batch_id, project_id, pool, lane, checkpoint, adapter_set, priority,
+                          head_run_at, head_id)
+    SELECT s.id, :batch_id, :project_id, :pool, s.lane, s.checkpoint, s.adapter_set, s.priority,
+           s.head_run_at, s.head_id
     FROM unnest(CAST(:ids AS uuid[]), CAST(:lanes AS text[]), CAST(:checkpoints AS text[]),
-                CAST(:priorities AS int[]), CAST(:head_run_ats AS timestamptz[]), CAST(:head_ids AS uuid[]))
-        AS s(id, lane, checkpoint, priority, head_run_at, head_id)
+                CAST(:adapter_sets AS text[]), CAST(:priorities AS int[]),
+                CAST(:head_run_ats AS timestamptz[]), CAST(:head_ids AS uuid[]))
+        AS s(id, lane, checkpoint, adapter_set, priority, head_run_at, head_id)
 """)
 
 _COUNT = text("""
@@ -56,6 +59,7 @@ def insert_segments(conn: Connection, *, batch: UUID, project: UUID, pool: str, 
         "ids": [segment.id for segment in segments],
         "lanes": [segment.lane for segment in segments],
         "checkpoints": [segment.checkpoint for segment in segments],
+        "adapter_sets": [segment.adapter_set for segment in segments],
         "priorities": [segment.priority for segment in segments],
         "head_run_ats": [segment.head_run_at for segment in segments],
         "head_ids": [segment.head_id for segment in segments],

@@ -3,6 +3,7 @@
 import threading
 import uuid
 from datetime import timedelta
+from random import Random
 
 import pytest
 from sqlalchemy import text
@@ -14,6 +15,13 @@ from farm.queries import claiming
 from farm.recipe import Recipe
 from farm.states import JobState, Outcome
 from tests.farm.conftest import Queue
+
+
+class ByAge(Random):
+    """Draws of a claim in which age decides."""
+
+    def random(self) -> float:
+        return 0.0
 
 
 def later(queue: Queue, seconds: float):
@@ -209,7 +217,7 @@ def test_warm_work_goes_first_but_not_for_ever(queue: Queue) -> None:
     assert second is not None
     assert second.jobs[0].recipe.checkpoint == "a" * 64
     overdue = later(queue, queue.settings.affinity_bound.total_seconds() + 5)
-    third = queue.claim(warm=warm, now=overdue)
+    third = queue.claim(warm=warm, now=overdue, random=ByAge())
     assert third is not None
     assert third.jobs[0].recipe.checkpoint == "c" * 64
 

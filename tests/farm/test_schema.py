@@ -3,6 +3,7 @@
 import shutil
 import uuid
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from farm.errors import SchemaMismatch
 from farm.models import SCHEMA_VERSION, Base
 from farm.queries import claiming
 from farm.settings import Settings
+from farm.scheduling import Warm
 from tests.farm.conftest import Queue
 
 
@@ -104,8 +106,31 @@ def test_claiming_walks_its_indexes(queue: Queue) -> None:
         assert "Seq Scan" not in found
 
 
-def test_reading_a_lane_does_not_scan_jobs(queue: Queue) -> None:
-    queue.submit(100)
-    parameters = {"pool": "default", "now": queue.do(claiming.database_now), "lanes": ["x"], "width": 8}
-    assert "jobs" not in plan(queue, claiming._CANDIDATES, parameters)
+def test_finding_work_walks_its_indexes(queue: Queue) -> None:
+    queue.submit({"prompt": "a", "seed": n, "guidance_scale": 1 + n / 1000} for n in range(3000))
+    crowded = "UPDATE segments SET lane = 'crowded', adapter_set = id::text, project_id = gen_random_uuid()"
+    queue.do(lambda conn: conn.execute(text(crowded)))
+    queue.do(lambda conn: conn.execute(text("ANALYZE")))
+    now = queue.do(claiming.database_now)
+    # What the claim itself hands over, so that the plan is its own.
+    looked: list[tuple[Any, dict[str, Any]]] = []
+
+    class Recorder:
+        def execute(self, statement: Any, parameters: dict[str, Any]) -> Any:
+            looked.append((statement, parameters))
+            return queue.do(lambda conn: conn.execute(statement, parameters).freeze())()
+
+    claiming.candidates(
+        Recorder(),  # type: ignore[arg-type]
+        pool="default", worker=uuid.uuid4(), warm=Warm({"crowded": ""}, frozenset({"x"})), random=Random(1), now=now,
+    )  # fmt: skip
+    found = plan(queue, *looked[0])
+    for index in ("ready", "project", "set", "lane"):
+        assert f"ix_segments_{index} on segments" in found, found
+    assert "Seq Scan on segments" not in found
+    assert "Seq Scan on counters" not in found
+    assert " jobs" not in found
+    others = {"pool": "default", "lane": "crowded", "adapter_set": "", "not_these": [], "limit": 8, "now": now}
+    filling = plan(queue, claiming._LANE, others)
+    assert filling.count("ix_segments_set on segments") == 2
     assert queue.do(claiming.claim_exists, uuid.uuid4()) is False
