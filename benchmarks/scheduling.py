@@ -1,6 +1,6 @@
 """How the farm's choice of work does on a simulated farm, beside first in first out and beside warm first.
 
-    python benchmarks/scheduling.py [--quick] [--seconds 60] [--utilisation 0.7 --utilisation 0.95] [--seed 1] [--json]
+    python -m benchmarks.scheduling [--quick] [--seconds 60] [--utilisation 0.7 --utilisation 0.95] [--seed 1] [--json]
 
 1,000 workers, 3 checkpoints and 500 adapters with Zipf popularity (exponent 1.1), 100 projects, bursts; a cold load
 takes 10 s, an adapter swap 0.1 s, a worker has room for 2 checkpoints and 50 adapters. The choice is the real
@@ -19,9 +19,9 @@ from datetime import timedelta
 from typing import Any
 
 import numpy as np
-from simulated.farm import Chooser, Costs, Farm, first_in_first_out, ours, warm_first
-from simulated.workload import PROJECTS, Submission, Workload
 
+from benchmarks.simulated.farm import Chooser, Costs, Farm, first_in_first_out, ours, warm_first
+from benchmarks.simulated.workload import PROJECTS, Submission, Workload
 from farm.scheduling import Policy
 
 AFFINITY_BOUND = timedelta(seconds=30)

@@ -20,7 +20,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Mapped, mapped_column
 
-from farm.schema import EMPTY_ARRAY, EMPTY_OBJECT, NOW, QUEUED, RUNNING, Base, Xid8
+from farm.schema import EMPTY_ARRAY, EMPTY_OBJECT, NOW, QUEUED, READY, RUNNING, Base, Xid8
 
 SCHEMA_VERSION = "0004"
 """The Alembic revision this code was written for; a process refuses any other."""
@@ -185,22 +185,8 @@ class Segment(Base):
     head_id: Mapped[uuid.UUID | None]
     created_at: Mapped[datetime] = mapped_column(server_default=NOW)
     __table_args__ = (
-        Index(
-            "ix_segments_ready",
-            "pool",
-            text("priority DESC"),
-            "head_run_at",
-            "id",
-            postgresql_where=text("head_run_at IS NOT NULL AND NOT paused AND NOT cancelling"),
-        ),
-        Index(
-            "ix_segments_lane",
-            "pool",
-            "lane",
-            text("priority DESC"),
-            "head_run_at",
-            postgresql_where=text("head_run_at IS NOT NULL AND NOT paused AND NOT cancelling"),
-        ),
+        Index("ix_segments_ready", "pool", text("priority DESC"), "head_run_at", "id", postgresql_where=READY),
+        Index("ix_segments_lane", "pool", "lane", text("priority DESC"), "head_run_at", postgresql_where=READY),
         Index(
             "ix_segments_set",
             "pool",
@@ -208,17 +194,9 @@ class Segment(Base):
             "adapter_set",
             text("priority DESC"),
             "head_run_at",
-            postgresql_where=text("head_run_at IS NOT NULL AND NOT paused AND NOT cancelling"),
+            postgresql_where=READY,
         ),
-        Index(
-            "ix_segments_project",
-            "pool",
-            "priority",
-            "project_id",
-            "head_run_at",
-            "id",
-            postgresql_where=text("head_run_at IS NOT NULL AND NOT paused AND NOT cancelling"),
-        ),
+        Index("ix_segments_project", "pool", "priority", "project_id", "head_run_at", "id", postgresql_where=READY),
         Index("ix_segments_turning", "id", postgresql_where=text("cancelling OR retrying")),
     )
 

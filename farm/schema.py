@@ -15,6 +15,7 @@ EMPTY_OBJECT = text("'{}'::jsonb")
 EMPTY_ARRAY = text("'{}'::text[]")
 QUEUED = text("state = 'queued'")
 RUNNING = text("state = 'running'")
+READY = text("head_run_at IS NOT NULL AND NOT paused AND NOT cancelling")
 
 
 class Xid8(UserDefinedType[str]):

@@ -115,7 +115,7 @@ class Settings(BaseSettings):
     doorbell_expiry: Seconds = timedelta(seconds=60)
     """After this long an unheard doorbell is dropped."""
     affinity_bound: Seconds = timedelta(seconds=30)
-    """A job that waited longer is served before warm work of the same priority."""
+    """A job that waited longer is served before warm work of the same priority, by one claim in eight."""
     max_failures: Positive = 3
     """Reported errors after which a job fails."""
     max_crashes: Positive = 3

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from random import Random
 from uuid import UUID
 
+from benchmarks.simulated.queue import Queue, Segment, when
+from benchmarks.simulated.workload import CHECKPOINTS, Submission
 from farm import scheduling
 from farm.doorbell import MOST_WAITING
 from farm.scheduling import Candidate, Policy, Warm
-from simulated.queue import Queue, Segment, when
-from simulated.workload import CHECKPOINTS, Submission
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,9 @@ from itertools import islice
 from random import Random
 from uuid import UUID
 
+from benchmarks.simulated.workload import Submission
 from farm.queries.claiming import FURTHER, FURTHER_WIDTH, LEVEL_WIDTH, PROJECTS_SEEN, WARM_WIDTH
 from farm.scheduling import FAIR_SHARE_HALF_LIFE
-from simulated.workload import Submission
 
 EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
 

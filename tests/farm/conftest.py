@@ -3,6 +3,7 @@
 import uuid
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
+from random import Random
 from typing import Any
 
 import pytest
@@ -56,7 +57,8 @@ class Queue:
     def __init__(self, database: Database, settings: Settings) -> None:
         self.database = database
         self.settings = settings
-        self.worker = uuid.uuid4()
+        # Always the same: what a worker prefers among equals comes from its id.
+        self.worker = uuid.UUID(int=7)
         with database.transaction() as conn:
             made = keys.create_key(conn, project="cracks", name="test", scopes=["admin"])
             assert made.key is not None
@@ -84,6 +86,7 @@ class Queue:
             warm=warm or Warm(),
             limit=limit,
             settings=self.settings,
+            random=more.pop("random", None) or Random(1),
             **more,
         )
 

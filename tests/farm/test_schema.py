@@ -19,8 +19,8 @@ from farm.db import Database, alembic_config, migrate
 from farm.errors import SchemaMismatch
 from farm.models import SCHEMA_VERSION, Base
 from farm.queries import claiming
-from farm.settings import Settings
 from farm.scheduling import Warm
+from farm.settings import Settings
 from tests.farm.conftest import Queue
 
 
