@@ -21,10 +21,15 @@ class Warmth(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Warm:
-    """What a worker keeps warm: lanes with the adapter set merged there, and checkpoints by hash."""
+    """What a worker keeps warm: lanes with the adapter set merged there, and checkpoints by hash.
+
+    `mixes`: it renders several adapter sets of a lane in one micro-batch, but for the lanes in `apart`.
+    """
 
     lanes: dict[str, str] = field(default_factory=dict)
     checkpoints: frozenset[str] = frozenset()
+    mixes: bool = False
+    apart: frozenset[str] = frozenset()
 
     def of(self, lane: str, checkpoint: str) -> Warmth:
         if lane in self.lanes:

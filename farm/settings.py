@@ -88,6 +88,8 @@ class Settings(BaseSettings):
     """`auto` is float16 on CUDA and float32 on a CPU."""
     micro_batch: Annotated[int, Field(ge=1, le=64)] = 8
     """Most jobs denoised together."""
+    mix_adapters: bool = True
+    """Whether one micro-batch may hold different style adapters; where that was measured to be slower, none does."""
     device_budget_bytes: Positive | None = None
     """Bytes of weights kept on the device; unset means 80 % of a GPU's memory, or 4 GiB on a CPU."""
     threads: Annotated[int, Field(ge=0)] = 0

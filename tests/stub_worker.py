@@ -24,6 +24,8 @@ from workers.pictures import Pixels
 class WarmState(NamedTuple):
     lanes: dict[str, str]
     checkpoints: frozenset[str]
+    mixes: bool = False
+    apart: frozenset[str] = frozenset()
 
 
 class StubRenderer:

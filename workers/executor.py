@@ -143,7 +143,7 @@ class Executor:
                     claim_id=claim_id,
                     worker=self._worker,
                     pool=self._settings.pool,
-                    warm=Warm(dict(state.lanes), frozenset(state.checkpoints)),
+                    warm=Warm(dict(state.lanes), frozenset(state.checkpoints), state.mixes, frozenset(state.apart)),
                     limit=self._settings.micro_batch,
                     settings=self._settings,
                 )

@@ -11,6 +11,7 @@ from sqlalchemy import Connection, RowMapping
 
 from farm import scheduling
 from farm.backoff import backoff
+from farm.jobs.taking import Place, take_any, take_one_set
 from farm.objects import attempt_prefix
 from farm.queries import claiming, finishing
 from farm.recipe import Recipe
@@ -18,8 +19,8 @@ from farm.scheduling import Candidate, Policy, Warm
 from farm.settings import Settings
 from farm.states import JobState, Outcome
 
-LANES_TRIED = 8
-"""Lanes a claim looks into before it answers that there is nothing: others may hold the jobs of the first ones."""
+SEGMENTS_TRIED = 8
+"""Segments a claim looks into before it answers that there is nothing: others may hold the jobs of the first ones."""
 
 RESCUED_AT_ONCE = 1000
 """Attempts one rescue transaction ends."""
@@ -49,7 +50,10 @@ class ClaimedJob:
 
 @dataclass(frozen=True, slots=True)
 class Claimed:
-    """A micro-batch: jobs of one lane and one adapter set. `more` tells whether that lane has further work now."""
+    """A micro-batch: jobs of one lane, and of one adapter set unless the worker mixes them.
+
+    `more` tells whether that lane has further work now.
+    """
 
     claim_id: UUID
     lane: str
@@ -105,8 +109,9 @@ def claim(
     settings: Settings,
     now: datetime | None = None,
 ) -> Claimed | None:
-    """Take up to `limit` jobs of one lane and one adapter set, or answer None when nothing is claimable.
+    """Take up to `limit` jobs of one lane, or answer None when nothing is claimable.
 
+    They share one adapter set, unless the worker says that it mixes them (`warm.mixes`).
     Asked again with a known `claim_id` (the answer of the first COMMIT was lost), it answers the same jobs.
     """
     if claiming.claim_exists(conn, claim_id):
@@ -115,59 +120,20 @@ def claim(
     rows = claiming.candidates(conn, pool=pool, lanes=warm.lanes, now=now)
     by_segment = {row["segment"]: row for row in rows}
     policy = Policy(settings.affinity_bound, deficit=2.0 * limit)
-    tried: set[str] = set()
-    for choice in scheduling.rank([_candidate(row) for row in rows], warm, policy, now):
-        if choice.lane in tried:
-            continue
-        tried.add(choice.lane)
-        prefer = warm.lanes.get(choice.lane) if now - choice.ready_since <= settings.affinity_bound else None
-        taken, short = _take(conn, by_segment[choice.segment], pool, choice.lane, prefer, limit, now)
+    for choice in scheduling.rank([_candidate(row) for row in rows], warm, policy, now)[:SEGMENTS_TRIED]:
+        place = Place(pool, choice.lane, limit, now)
+        if warm.mixes and choice.lane not in warm.apart:
+            taken, short = take_any(conn, by_segment[choice.segment], place)
+        else:
+            prefer = warm.lanes.get(choice.lane) if now - choice.ready_since <= settings.affinity_bound else None
+            taken, short = take_one_set(conn, by_segment[choice.segment], place, prefer)
         if taken:
             started = claiming.start(conn, claim=claim_id, worker=worker, ids=taken, lease=settings.lease, now=now)
         if short:
             claiming.settle_heads(conn, short)
         if taken:
             return _claimed(claim_id, started, more=len(rows) > len(short) or len(taken) >= limit)
-        if len(tried) >= LANES_TRIED:
-            break
     return None
-
-
-def _take(
-    conn: Connection, lead: RowMapping, pool: str, lane: str, prefer: str | None, limit: int, now: datetime
-) -> tuple[list[UUID], list[UUID]]:
-    """Lock jobs for one micro-batch, first from the lead segment. Answers them, and the segments found short."""
-    taken: dict[UUID, None] = {}
-    short: list[UUID] = []
-    adapter_set = prefer
-    rows = claiming.take(conn, lead, adapter_set=adapter_set, limit=limit, now=now)
-    if not rows and adapter_set is not None:
-        adapter_set = None
-        rows = claiming.take(conn, lead, adapter_set=None, limit=limit, now=now)
-    if rows and rows[0]["alone"]:
-        return [rows[0]["id"]], []
-    if not rows:
-        return [], [lead["segment"]]
-    chosen: str = rows[0]["adapter_set"]
-    taken.update((row["id"], None) for row in rows if row["adapter_set"] == chosen and not row["alone"])
-    if len(rows) < limit:
-        short.append(lead["segment"])
-    elif len(taken) < limit:
-        more = claiming.take(conn, lead, adapter_set=chosen, limit=limit, now=now)
-        taken.update((row["id"], None) for row in more)
-    if len(taken) < limit:
-        others = claiming.lane_segments(
-            conn, pool=pool, lane=lane, not_these=[lead["segment"]], limit=limit - len(taken), now=now
-        )
-        for other in others:
-            missing = limit - len(taken)
-            found = claiming.take(conn, other, adapter_set=chosen, limit=missing, now=now)
-            taken.update((row["id"], None) for row in found)
-            if len(found) < missing:
-                short.append(other["segment"])
-            if len(taken) >= limit:
-                break
-    return list(taken)[:limit], short
 
 
 def renew(

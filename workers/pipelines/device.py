@@ -56,6 +56,11 @@ class Device:
         elif self.place.type == "mps":
             torch.mps.empty_cache()
 
+    def finish(self) -> None:
+        """Wait until the device has done what it was asked: for measuring."""
+        if self.place.type == "cuda":
+            torch.cuda.synchronize(self.place)
+
     @property
     def decode_pixels(self) -> int:
         """Pixels decoded in one go. A CPU is fastest while the activations stay in its caches; a GPU wants them few

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from farm.errors import InvalidModel
 from farm.safefile import read_header
+from workers.pipelines.factors import UNET
 from workers.pipelines.merge import Merger
 from workers.pipelines.prompts import PromptCache
+from workers.pipelines.slots import Slots
 from workers.pipelines.targets import target_modules
 
 if constants.DIFFUSERS_DISABLE_REMOTE_CODE is not True:
@@ -76,6 +78,7 @@ class Pipeline:
     load_seconds: float
     vaes: dict[str, Any] = field(default_factory=dict)
     merger: Merger = field(init=False)
+    slots: Slots = field(init=False)
     structure: str = field(init=False)
     prompts: PromptCache = field(default_factory=PromptCache)
 
@@ -83,7 +86,9 @@ class Pipeline:
         parts = {"unet": self.unet}
         for name, encoder in zip(("text_encoder", "text_encoder_2"), self.encoders, strict=False):
             parts[name] = encoder.model
-        self.merger = Merger(target_modules(parts))
+        targets = target_modules(parts)
+        self.merger = Merger(targets)
+        self.slots = Slots({name: module for name, module in targets.items() if name.startswith(UNET)})
         self.structure = hashlib.sha256(repr(sorted(self.merger.shapes.items())).encode()).hexdigest()
 
     def modules(self) -> Iterator[nn.Module]:

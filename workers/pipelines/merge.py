@@ -11,10 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from workers.pipelines.adapters import Adapter, Factors
-
-Use = tuple[Adapter, float]
-"""An adapter at a weight."""
+from workers.pipelines.factors import Factors, Use
 
 Contribution = tuple[str, float]
 """What one adapter adds to one weight: its hash and its weight. Equal lists of these give equal weights."""
@@ -60,7 +57,7 @@ class Merger:
         Order does not matter: contributions are added in order of hash and weight. Only weights whose contributions
         changed are written. On any error every weight is pristine again before the error leaves.
         """
-        ordered = sorted((use for use in uses if use[1]), key=lambda use: (use[0].hash, use[1]))
+        ordered = _ordered(uses)
         wanted: dict[str, list[Use]] = {}
         for adapter, weight in ordered:
             for name in adapter.factors:
@@ -80,7 +77,7 @@ class Merger:
             self.clear()
             raise
         self.uses = tuple((adapter.hash, weight) for adapter, weight in ordered)
-        self.text_uses = tuple((adapter.hash, weight) for adapter, weight in ordered if adapter.changes_text)
+        self.text_uses = text_key(ordered)
         return written
 
     @torch.no_grad()
@@ -117,3 +114,12 @@ class Merger:
             down = factors.down.to(live.device, torch.float32).reshape(factors.rank, -1)
             total.addmm_(up, down, alpha=weight * factors.scale)
         live.copy_(total.view(live.shape))
+
+
+def text_key(uses: Sequence[Use]) -> tuple[Contribution, ...]:
+    """The part of a set that changes text encoders, in the order it is added up."""
+    return tuple((adapter.hash, weight) for adapter, weight in _ordered(uses) if adapter.changes_text)
+
+
+def _ordered(uses: Sequence[Use]) -> list[Use]:
+    return sorted((use for use in uses if use[1]), key=lambda use: (use[0].hash, use[1]))
