@@ -15,7 +15,7 @@ from farm.queries import models as model_rows
 from farm.queries import reading as rows
 from farm.queries import workers as worker_rows
 from farm.states import JobState
-from farm.views import BatchView, Counts, Event, ImageView, JobError, JobView, LaneView, Page, WorkerView
+from farm.views import BatchView, Counts, Event, ImageView, JobError, JobView, LaneView, Page, ReplayView, WorkerView
 
 EVENTS_AT_ONCE = 200
 LOST_AFTER = "20 seconds"
@@ -161,6 +161,10 @@ def job_view(row: RowMapping) -> JobView:
     error = None
     if row["error_code"] is not None:
         error = JobError(code=row["error_code"], message=row["error_message"] or "")
+    replay = None
+    if row["original_id"] is not None:
+        apart = {name: row[name] for name in ("levels", "mean_levels", "differing")}
+        replay = ReplayView(of=row["original_id"], **apart)
     recipe: dict[str, Any] = {
         name: body[name]
         for name in ("prompt", "negative_prompt", "width", "height", "steps", "guidance_scale", "scheduler", "seed")
@@ -176,6 +180,7 @@ def job_view(row: RowMapping) -> JobView:
         vae=names.get("vae"),
         error=error,
         image=image,
+        replay=replay,
     )
 
 

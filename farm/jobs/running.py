@@ -33,7 +33,7 @@ class ClaimedJob:
     """What a worker needs to render and publish one job.
 
     `alone`: its last attempt ended in a crash, so nothing else may be in work in the same process, or a crash would
-    not tell whose fault it was.
+    not tell whose fault it was. `original`: the key of the picture that a replay is compared with.
     """
 
     id: UUID
@@ -46,6 +46,7 @@ class ClaimedJob:
     names: dict[str, Any]
     metadata: bool
     alone: bool = False
+    original: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +84,18 @@ class StoredImage:
 
 
 @dataclass(frozen=True, slots=True)
+class Difference:
+    """How far two pictures are apart: at most and on average, in levels of 255, and the share of pixels (0..1) that
+    differ at all."""
+
+    levels: int
+    mean_levels: float
+    differing: float
+
+
+@dataclass(frozen=True, slots=True)
 class Result:
-    """How one attempt ended. `image` is set exactly for a success."""
+    """How one attempt ended. `image` is set exactly for a success, `difference` for the success of a replay."""
 
     job_id: UUID
     attempt: int
@@ -92,6 +103,7 @@ class Result:
     image: StoredImage | None = None
     error_code: str = ""
     error_message: str = ""
+    difference: Difference | None = None
 
     def __post_init__(self) -> None:
         if (self.image is not None) != (self.outcome is Outcome.SUCCEEDED):
@@ -228,6 +240,7 @@ def _claimed(claim_id: UUID, rows: Sequence[RowMapping], *, more: bool) -> Claim
             names=row["names"],
             metadata=row["metadata_wanted"],
             alone=row["alone"],
+            original=row["original"],
         )
         for row in rows
     )
@@ -272,6 +285,7 @@ def _move(row: RowMapping, result: Result, settings: Settings, now: datetime) ->
         "code": result.error_code or None,
         "message": result.error_message[:2000] or None,
         "image": result.image,
+        "difference": result.difference,
     }
 
 
@@ -301,6 +315,7 @@ def _crashed(row: RowMapping, *, settings: Settings) -> dict[str, Any]:
         "code": code,
         "message": message,
         "image": None,
+        "difference": None,
     }
 
 

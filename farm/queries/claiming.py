@@ -66,14 +66,16 @@ _START = text("""
         INSERT INTO counter_deltas (segment_id, batch_id, project_id, queued, running)
         SELECT segment_id, batch_id, project_id, -count(*), count(*) FROM moved GROUP BY 1, 2, 3
     )
-    SELECT moved.*, r.body, r.names, r.labels, r.metadata_wanted FROM moved JOIN recipes r ON r.job_id = moved.id
+    SELECT moved.*, r.body, r.names, r.labels, r.metadata_wanted, p.key AS original
+    FROM moved JOIN recipes r ON r.job_id = moved.id LEFT JOIN replays p ON p.job_id = moved.id
     ORDER BY moved.id
 """)
 
 _CLAIMED_BEFORE = text("""
     SELECT j.id, j.batch_id, j.project_id, j.number, j.alone, a.number AS attempt,
-           r.body, r.names, r.labels, r.metadata_wanted
+           r.body, r.names, r.labels, r.metadata_wanted, p.key AS original
     FROM attempts a JOIN jobs j ON j.id = a.job_id JOIN recipes r ON r.job_id = a.job_id
+    LEFT JOIN replays p ON p.job_id = a.job_id
     WHERE a.claim_id = :claim AND a.outcome IS NULL ORDER BY j.id
 """)
 
