@@ -147,7 +147,8 @@ class LaneView(View):
 
 
 class WorkerView(View):
-    """A worker process and what it keeps warm (checkpoints and adapters by name, bytes on the device)."""
+    """A worker process, what it keeps warm (checkpoints and adapters by name, bytes on the device), and how well its
+    cache serves: hit rates, load seconds, bytes within budgets, and which checkpoints wait in host memory."""
 
     id: UUID
     pool: str
@@ -160,6 +161,7 @@ class WorkerView(View):
     heartbeat_at: datetime
     running: int = 0
     warm: list[dict[str, Any]] = []
+    cache: dict[str, Any] = {}
 
 
 class CheckpointView(View):

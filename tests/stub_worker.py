@@ -46,6 +46,9 @@ class StubRenderer:
     def warm(self) -> list[dict[str, object]]:
         return [{"checkpoint": hash_, "bytes": 1} for hash_ in sorted(self._checkpoints)]
 
+    def cache(self) -> dict[str, object]:
+        return {}
+
     def canary(self, checkpoint: str) -> bytes:
         return hashlib.sha256(f"canary {checkpoint}".encode()).digest()
 

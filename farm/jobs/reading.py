@@ -118,18 +118,34 @@ def workers(conn: Connection) -> list[WorkerView]:
                 **row,
                 "state": "lost" if row["lost"] else row["state"],
                 "warm": [_warm_view(pipeline, names) for pipeline in row["warm"]],
+                "cache": _cache_view(row["cache"], names),
             }
         )
         for row in worker_rows.present(conn, LOST_AFTER)
     ]
 
 
+def _cache_view(cache: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    waiting = [
+        {**one, "hash": one["checkpoint"], "checkpoint": names.get(one["checkpoint"], one["checkpoint"])}
+        for one in cache.get("waiting", [])
+    ]
+    return {**cache, "waiting": waiting} if cache else {}
+
+
 def _warm_view(pipeline: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     checkpoint = pipeline.get("checkpoint", "")
-    adapters = [
-        {**use, "name": names.get(use.get("hash", ""), use.get("hash", ""))} for use in pipeline.get("adapters", [])
-    ]
-    return {**pipeline, "hash": checkpoint, "checkpoint": names.get(checkpoint, checkpoint), "adapters": adapters}
+
+    def named(kind: str) -> list[dict[str, Any]]:
+        return [{**use, "name": names.get(use.get("hash", ""), use.get("hash", ""))} for use in pipeline.get(kind, [])]
+
+    return {
+        **pipeline,
+        "hash": checkpoint,
+        "checkpoint": names.get(checkpoint, checkpoint),
+        "adapters": named("adapters"),
+        "slots": named("slots"),
+    }
 
 
 def events(conn: Connection, project_id: UUID, batch_id: UUID, after: str | None) -> list[Event]:

@@ -18,23 +18,18 @@ import torch
 from farm.errors import FarmError, InvalidRequest, OutOfMemory, RenderFailed
 from farm.recipe import AdapterUse, Recipe
 from farm.settings import Settings
-from workers.pipelines.adapters import read_adapter
 from workers.pipelines.cache import Entry, Residents
 from workers.pipelines.costs import Costs, Way
-from workers.pipelines.device import Device, choose, is_fatal, is_out_of_memory
-from workers.pipelines.factors import Adapter, Use
-from workers.pipelines.load import Pipeline, load, load_vae
-from workers.pipelines.lru import Lru
+from workers.pipelines.device import Device, choose, host_budget, is_fatal, is_out_of_memory
+from workers.pipelines.factors import Use
+from workers.pipelines.library import Library
+from workers.pipelines.lru import Shelf
 from workers.pipelines.merge import text_key
 from workers.pipelines.parts import in_parts
 from workers.pipelines.prompts import Text, all_known, texts
 from workers.pipelines.render import OnStep, Picture, render
 from workers.pipelines.slots import distinct
-from workers.pipelines.targets import aliases
-from workers.pipelines.upsample import merge_upsampling
 
-ADAPTER_BYTES = 4 * 1024**3
-"""Parsed adapters kept in host memory: 40 LCM-LoRAs of SDXL, or hundreds of style adapters."""
 LANES_REMEMBERED = 256
 CANARY_PIXELS = 64
 CANARY_PROMPT = "A single split crack on a concrete wall"
@@ -81,10 +76,10 @@ class Engine:
     def __init__(self, settings: Settings, fetch: Callable[[str], Path]) -> None:
         """`fetch(hash)` answers the verified local folder or file of a checkpoint, VAE or adapter."""
         self._device: Device = choose(settings)
-        self._fetch = fetch
         self._most, self._mixes = settings.micro_batch, settings.mix_adapters
-        self._residents = Residents(self._device.place, self._device.budget)
-        self._adapters: Lru[tuple[str, str], Adapter] = Lru(ADAPTER_BYTES)
+        shelf = Shelf(settings.host_budget_bytes or host_budget())
+        self._residents = Residents(self._device.place, self._device.budget, shelf)
+        self._library = Library(self._device, self._residents, shelf, fetch)
         self._limits: dict[str, int] = {}
         self._lanes: OrderedDict[str, tuple[str, AdapterUse | None]] = OrderedDict()
         self.costs = Costs()
@@ -111,11 +106,13 @@ class Engine:
         first = recipes[0]
         if any(one.lane != first.lane for one in recipes):
             raise InvalidRequest("recipes of one micro-batch must share their lane")
-        entry = self._residents.hold(first.checkpoint, lambda: self._load(first.checkpoint))
+        entry = self._library.hold(first.checkpoint)
         try:
-            vae = self._load_vae(first.vae, entry.loaded) if first.vae and first.vae not in entry.loaded.vaes else None
-            acceleration = self._uses([first.acceleration] if first.acceleration else [], entry.loaded)
-            styles = {one.adapter_set: self._uses(one.adapters, entry.loaded) for one in recipes}
+            vae = (
+                self._library.vae(first.vae, entry.loaded) if first.vae and first.vae not in entry.loaded.vaes else None
+            )
+            acceleration = self._library.uses([first.acceleration] if first.acceleration else [], entry.loaded)
+            styles = {one.adapter_set: self._library.uses(one.adapters, entry.loaded) for one in recipes}
         except BaseException:
             self._residents.release(entry)
             raise
@@ -165,6 +162,10 @@ class Engine:
             }
             for entry in self._residents.resident()
         ]
+
+    def cache(self) -> dict[str, Any]:
+        """How well the cache serves: hit rates, load seconds, bytes within budgets, what waits in host memory."""
+        return {**self._residents.told(), **self._library.told()}
 
     def warm_state(self) -> WarmState:
         """The lanes this engine could render without loading or swapping the acceleration, and its checkpoints."""
@@ -311,33 +312,3 @@ class Engine:
         if not is_out_of_memory(error):
             text = (str(error).strip().splitlines() or [""])[0]
             raise RenderFailed(f"{type(error).__name__}: {text}"[:500], fatal=is_fatal(error)) from error
-
-    def _load(self, checkpoint: str) -> Pipeline:
-        folder = self._fetch(checkpoint)
-        pipeline = load(folder, checkpoint, self._device.dtype_of(folder), self._device.vae_dtype)
-        self._tune(pipeline.vae)
-        log.info(
-            "checkpoint loaded", checkpoint=checkpoint, seconds=round(pipeline.load_seconds, 3), bytes=pipeline.bytes
-        )
-        return pipeline
-
-    def _load_vae(self, vae: str, pipeline: Pipeline) -> Any:
-        return self._tune(load_vae(self._fetch(vae), pipeline.family, pipeline.unet.dtype, self._device.vae_dtype))
-
-    def _tune(self, vae: Any) -> Any:
-        if self._device.on_cpu:
-            merge_upsampling(vae)
-        return vae
-
-    def _uses(self, wanted: Sequence[AdapterUse], pipeline: Pipeline) -> tuple[Use, ...]:
-        return tuple((self._adapter(use.hash, pipeline), use.weight) for use in wanted)
-
-    def _adapter(self, adapter: str, pipeline: Pipeline) -> Adapter:
-        """An adapter parsed for pipelines of this structure."""
-        key = (adapter, pipeline.structure)
-        found = self._adapters.get(key)
-        if found is None:
-            shapes = pipeline.merger.shapes
-            found = read_adapter(self._fetch(adapter), adapter, shapes, aliases(shapes))
-            self._adapters.put(key, found, found.bytes)
-        return found

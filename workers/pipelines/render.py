@@ -96,9 +96,12 @@ def _predictor(
         scale = torch.full((len(rows),), first.guidance_scale - 1)
         options["timestep_cond"] = guidance_embedding(scale, width).to(tokens.device, unet.dtype)
 
+    # diffusers' own `dtype` walks over every module each time.
+    dtype = next(unet.parameters()).dtype
+
     def predict(latents: Tensor, time: Tensor) -> Tensor:
         seen = torch.cat([latents, latents]) if guided else latents
-        seen = seen.to(unet.dtype).contiguous(memory_format=torch.channels_last)
+        seen = seen.to(dtype).contiguous(memory_format=torch.channels_last)
 
         def rows_of(part: slice) -> Tensor:
             some = {name: _rows(value, part) for name, value in options.items()}
@@ -139,7 +142,7 @@ def decode(vae: Any, latents: Tensor, device: Device) -> list[Picture]:
     latents = unscaled(vae, latents)
     factor = vae_factor(vae)
     pixels = latents.shape[-1] * latents.shape[-2] * factor**2
-    ready = latents.to(vae.dtype).contiguous(memory_format=torch.channels_last)
+    ready = latents.to(next(vae.parameters()).dtype).contiguous(memory_format=torch.channels_last)
     share = -(-len(ready) // len(device.spread.parts(len(ready))))
     chunks = torch.split(ready, max(1, min(device.decode_pixels // pixels, share)))
 
