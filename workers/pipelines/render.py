@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,12 +12,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from farm.errors import InvalidRequest, RenderFailed
-from farm.recipe import Recipe
-from workers.pipelines.device import Device
-from workers.pipelines.load import Pipeline
 from workers.pipelines.prompts import Text, is_guided
 from workers.pipelines.sampling import Noise, denoise, sampler
 from workers.pipelines.slots import Chosen
+
+if TYPE_CHECKING:
+    # Types only: the benchmark of this module runs where there is nothing but torch and diffusers.
+    from farm.recipe import Recipe
+    from workers.pipelines.device import Device
+    from workers.pipelines.load import Pipeline
 
 Picture = NDArray[np.uint8]
 """Height x width x 3, 0..255."""
