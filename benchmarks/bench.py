@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from diffusers import LCMScheduler
-from geometry import Model, build
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
+from benchmarks.geometry import Model, build
 from workers.pipelines.factors import Adapter, Factors
 from workers.pipelines.merge import Merger
 from workers.pipelines.prompts import Embedding, Text

@@ -1,8 +1,8 @@
 """What each of the engine's measures brings, from plain diffusers upwards, on one device.
 
-    python benchmarks/engine.py --model sd15 --micro-batch 1 8 16        # a GPU; also: --model sdxl
-    python benchmarks/engine.py --model crack-tiny --micro-batch 1 8     # a CPU
-    python benchmarks/engine.py --model sdxl --part slots swap           # the rest of the ladder left out
+    python -m benchmarks.engine --model sd15 --micro-batch 1 8 16        # a GPU; also: --model sdxl
+    python -m benchmarks.engine --model crack-tiny --micro-batch 1 8     # a CPU
+    python -m benchmarks.engine --model sdxl --part slots swap           # the rest of the ladder left out
 
 Needs torch, diffusers, transformers and peft, and no farm: it takes the engine's modules from beside it. `sd15` and
 `sdxl` have the true geometry and random weights, which cost what trained ones do. Every rung adds one measure to the
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -26,14 +25,9 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-HERE = Path(__file__).parent
-# The engine's own modules, from beside this file, whatever is installed.
-sys.path[:0] = [str(HERE.parent), str(HERE)]
-
-from bench import STEPS, Bench  # noqa: E402
-
-from workers.pipelines.sampling import Noise  # noqa: E402
-from workers.pipelines.slots import distinct  # noqa: E402
+from benchmarks.bench import STEPS, Bench
+from workers.pipelines.sampling import Noise
+from workers.pipelines.slots import distinct
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 

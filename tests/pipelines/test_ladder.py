@@ -8,11 +8,19 @@ from pathlib import Path
 
 from tests.workers.conftest import ROOT
 
+ALONE = """
+import sys
+from benchmarks.engine import main
+main(sys.argv[1:])
+sys.exit(", ".join({"structlog", "orjson", "farm.settings", "farm.recipe"} & set(sys.modules)))
+"""
+"""The benchmark, which has to run where none of these can be imported."""
+
 
 def test_the_ladder_at_toy_scale(tmp_path: Path) -> None:
     out = tmp_path / "found.json"
     options = "--model toy --micro-batch 1 2 --repeats 1 --rank 4 --backend eager"
-    command = [sys.executable, "benchmarks/engine.py", *options.split(), "--out", str(out)]
+    command = [sys.executable, "-c", ALONE, *options.split(), "--out", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
