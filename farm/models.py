@@ -25,6 +25,7 @@ from farm.schema import EMPTY_ARRAY, EMPTY_OBJECT, NOW, QUEUED, RUNNING, Base, X
 SCHEMA_VERSION = "0004"
 """The Alembic revision this code was written for; a process refuses any other."""
 
+READY = text("head_run_at IS NOT NULL AND NOT paused AND NOT cancelling")
 
 class Project(Base):
     """The tenant. `served` counts jobs claimed lately (it halves every ten minutes); fair share reads it."""
@@ -181,22 +182,8 @@ class Segment(Base):
     head_id: Mapped[uuid.UUID | None]
     created_at: Mapped[datetime] = mapped_column(server_default=NOW)
     __table_args__ = (
-        Index(
-            "ix_segments_ready",
-            "pool",
-            text("priority DESC"),
-            "head_run_at",
-            "id",
-            postgresql_where=text("head_run_at IS NOT NULL AND NOT paused AND NOT cancelling"),
-        ),
-        Index(
-            "ix_segments_lane",
-            "pool",
-            "lane",
-            text("priority DESC"),
-            "head_run_at",
-            postgresql_where=text("head_run_at IS NOT NULL AND NOT paused AND NOT cancelling"),
-        ),
+        Index("ix_segments_ready", "pool", text("priority DESC"), "head_run_at", "id", postgresql_where=READY),
+        Index("ix_segments_lane", "pool", "lane", text("priority DESC"), "head_run_at", postgresql_where=READY),
         Index("ix_segments_turning", "id", postgresql_where=text("cancelling OR retrying")),
     )
 
@@ -322,12 +309,7 @@ class Replay(Base):
     levels: Mapped[int | None] = mapped_column(SmallInteger)
     mean_levels: Mapped[float | None]
     differing: Mapped[float | None]
-    __table_args__ = (
-        CheckConstraint(
-            "(levels IS NULL) = (mean_levels IS NULL) AND (levels IS NULL) = (differing IS NULL)",
-            name="compared_or_not",
-        ),
-    )
+    __table_args__ = (CheckConstraint("num_nulls(levels, mean_levels, differing) IN (0, 3)", name="compared_or_not"),)
 
 
 class Worker(Base):

@@ -17,8 +17,7 @@ CREATE TABLE replays (
     mean_levels DOUBLE PRECISION,
     differing DOUBLE PRECISION,
     CONSTRAINT pk_replays PRIMARY KEY (job_id),
-    CONSTRAINT ck_replays_compared_or_not CHECK
-        ((levels IS NULL) = (mean_levels IS NULL) AND (levels IS NULL) = (differing IS NULL))
+    CONSTRAINT ck_replays_compared_or_not CHECK (num_nulls(levels, mean_levels, differing) IN (0, 3))
 )
     """)
 

@@ -162,6 +162,7 @@ PLACES = [
     ("GET", "/jobs/{job}"),
     ("DELETE", "/jobs/{job}"),
     ("POST", "/jobs/{job}/cancel"),
+    ("POST", "/jobs/{job}/replay"),
     ("POST", "/jobs/{job}/retry"),
     ("GET", "/jobs/{job}/image"),
     ("GET", "/jobs/{job}/thumbnail"),
