@@ -107,12 +107,11 @@ class Merger:
             self._pristine[name] = live.detach().clone(memory_format=torch.preserve_format)
         # Added up in float32 and rounded once, whatever the live number type.
         total = self._pristine[name].float().reshape(live.shape[0], -1)
-        if total.data_ptr() == self._pristine[name].data_ptr():
-            total = total.clone()
-        for factors, weight in parts:
+        for place, (factors, weight) in enumerate(parts):
             up = factors.up.to(live.device, torch.float32).reshape(live.shape[0], -1)
             down = factors.down.to(live.device, torch.float32).reshape(factors.rank, -1)
-            total.addmm_(up, down, alpha=weight * factors.scale)
+            # The first sum is a new tensor, because float32 weights are not copied before.
+            total = torch.addmm(total, up, down, alpha=weight * factors.scale, out=total if place else None)
         live.copy_(total.view(live.shape))
 
 
