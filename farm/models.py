@@ -27,6 +27,7 @@ SCHEMA_VERSION = "0004"
 
 READY = text("head_run_at IS NOT NULL AND NOT paused AND NOT cancelling")
 
+
 class Project(Base):
     """The tenant. `served` counts jobs claimed lately (it halves every ten minutes); fair share reads it."""
 
