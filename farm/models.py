@@ -22,7 +22,7 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 from farm.schema import EMPTY_ARRAY, EMPTY_OBJECT, NOW, QUEUED, READY, RUNNING, Base, Xid8
 
-SCHEMA_VERSION = "0004"
+SCHEMA_VERSION = "0005"
 """The Alembic revision this code was written for; a process refuses any other."""
 
 
@@ -311,8 +311,22 @@ class Image(Base):
     created_at: Mapped[datetime] = mapped_column(server_default=NOW)
 
 
+class Replay(Base):
+    """A job that renders another one's recipe again: the original, the key of its picture, and how far the two are
+    apart, once compared: `levels` of 255 at most and on average, and the share of pixels that differ at all."""
+
+    __tablename__ = "replays"
+    job_id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    original_id: Mapped[uuid.UUID]
+    key: Mapped[str]
+    levels: Mapped[int | None] = mapped_column(SmallInteger)
+    mean_levels: Mapped[float | None]
+    differing: Mapped[float | None]
+    __table_args__ = (CheckConstraint("num_nulls(levels, mean_levels, differing) IN (0, 3)", name="compared_or_not"),)
+
+
 class Worker(Base):
-    """A worker process and what it keeps warm."""
+    """A worker process, what it keeps warm, and how well its cache serves (`cache`)."""
 
     __tablename__ = "workers"
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
@@ -323,6 +337,7 @@ class Worker(Base):
     version: Mapped[str]
     state: Mapped[str]
     warm: Mapped[list[dict[str, Any]]] = mapped_column(JSONB, server_default=text("'[]'::jsonb"))
+    cache: Mapped[dict[str, Any]] = mapped_column(server_default=EMPTY_OBJECT)
     started_at: Mapped[datetime] = mapped_column(server_default=NOW)
     heartbeat_at: Mapped[datetime] = mapped_column(server_default=NOW)
     left_at: Mapped[datetime | None]

@@ -5,7 +5,8 @@ that now and then age decides. What other workers are about to finish anyway is 
 why, and how a simulated farm of a thousand workers fares with it.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import IntEnum
@@ -14,6 +15,13 @@ from zlib import crc32
 
 FAIR_SHARE_HALF_LIFE = timedelta(minutes=2)
 """After this long, what a project was served counts half."""
+
+SETS_TRIED = 8
+"""Lanes and adapter sets a claim looks into before it answers that there is nothing: others may hold the jobs of the
+first ones."""
+
+SEGMENTS_TRIED = 3
+"""Segments it looks into for each of these."""
 
 _ANY_AGE = datetime.min.replace(tzinfo=UTC)
 
@@ -31,15 +39,22 @@ class Warm:
     """What a worker keeps warm: lanes with the adapter set merged there, and checkpoints by hash.
 
     `pace`: seconds that a micro-batch takes it, 0 while it has rendered none.
+    `mixes`: it renders several adapter sets of a lane in one micro-batch, but for the lanes in `apart`.
     """
 
     lanes: dict[str, str] = field(default_factory=dict)
     checkpoints: frozenset[str] = frozenset()
     pace: float = 0.0
+    mixes: bool = False
+    apart: frozenset[str] = frozenset()
+
+    def mixes_in(self, lane: str) -> bool:
+        """Whether jobs of this lane may come in several adapter sets at once."""
+        return self.mixes and lane not in self.apart
 
     def of(self, lane: str, checkpoint: str, adapter_set: str | None) -> Warmth:
         """`adapter_set` is None for a segment that has several."""
-        if lane in self.lanes and adapter_set in (None, self.lanes[lane]):
+        if lane in self.lanes and (self.mixes_in(lane) or adapter_set in (None, self.lanes[lane])):
             return Warmth.WARM
         return Warmth.SAME_CHECKPOINT if lane in self.lanes or checkpoint in self.checkpoints else Warmth.COLD
 
@@ -142,3 +157,13 @@ def rank(
             last = (warmth, _ANY_AGE, crc32((candidate.adapter_set or "").encode(), taste))
         keyed.append(((-aged, share, *last, candidate.segment), candidate))
     return [candidate for _, candidate in sorted(keyed, key=lambda pair: pair[0])]
+
+
+def few(ranked: Sequence[Candidate], warm: Warm) -> Iterator[Candidate]:
+    """The first segments of the first lanes and adapter sets; of the first lanes, where their sets may be mixed."""
+    tried: Counter[tuple[str, str | None]] = Counter()
+    for candidate in ranked:
+        like = (candidate.lane, None if warm.mixes_in(candidate.lane) else candidate.adapter_set)
+        if tried[like] < SEGMENTS_TRIED and (like in tried or len(tried) < SETS_TRIED):
+            tried[like] += 1
+            yield candidate

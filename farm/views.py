@@ -47,6 +47,16 @@ class ImageView(View):
     height: int
 
 
+class ReplayView(View):
+    """What came of rendering job `of` again: how far the two pictures are apart, at most and on average, in levels of
+    255, and the share of pixels that differ at all. Null until both were compared."""
+
+    of: UUID
+    levels: int | None = None
+    mean_levels: float | None = None
+    differing: float | None = None
+
+
 class JobView(View):
     """A job and the recipe fields it was submitted with. `number` is its place in its batch, from 0."""
 
@@ -76,6 +86,7 @@ class JobView(View):
     started_at: datetime | None = None
     finished_at: datetime | None = None
     image: ImageView | None = None
+    replay: ReplayView | None = None
 
 
 class Counts(View):
@@ -136,7 +147,8 @@ class LaneView(View):
 
 
 class WorkerView(View):
-    """A worker process and what it keeps warm (checkpoints and adapters by name, bytes on the device)."""
+    """A worker process, what it keeps warm (checkpoints and adapters by name, bytes on the device), and how well its
+    cache serves: hit rates, load seconds, bytes within budgets, and which checkpoints wait in host memory."""
 
     id: UUID
     pool: str
@@ -149,6 +161,7 @@ class WorkerView(View):
     heartbeat_at: datetime
     running: int = 0
     warm: list[dict[str, Any]] = []
+    cache: dict[str, Any] = {}
 
 
 class CheckpointView(View):

@@ -24,6 +24,8 @@ from workers.pictures import Pixels
 class WarmState(NamedTuple):
     lanes: dict[str, str]
     checkpoints: frozenset[str]
+    mixes: bool = False
+    apart: frozenset[str] = frozenset()
 
 
 class StubRenderer:
@@ -43,6 +45,9 @@ class StubRenderer:
 
     def warm(self) -> list[dict[str, object]]:
         return [{"checkpoint": hash_, "bytes": 1} for hash_ in sorted(self._checkpoints)]
+
+    def cache(self) -> dict[str, object]:
+        return {}
 
     def canary(self, checkpoint: str) -> bytes:
         return hashlib.sha256(f"canary {checkpoint}".encode()).digest()

@@ -46,6 +46,8 @@ class Renderer(Protocol):
 
     def warm(self) -> list[dict[str, Any]]: ...
 
+    def cache(self) -> dict[str, Any]: ...
+
     def stage(self, recipes: Sequence[Recipe]) -> Any: ...
 
     def render(
@@ -82,7 +84,9 @@ class Executor:
         self._settings = settings
         self._worker = worker_id
         self.leaving = leaving or Leaving(settings.grace.total_seconds(), end=end)
-        self.lease = lease or Lease(database, settings, worker_id, self.leaving, warm=renderer.warm, end=end)
+        self.lease = lease or Lease(
+            database, settings, worker_id, self.leaving, warm=renderer.warm, cache=renderer.cache, end=end
+        )
         self._watcher = watcher
         self._storing = Storing(store, settings)
         self._slots = BoundedSemaphore(THREADS)
@@ -143,7 +147,13 @@ class Executor:
                     claim_id=claim_id,
                     worker=self._worker,
                     pool=self._settings.pool,
-                    warm=Warm(dict(state.lanes), frozenset(state.checkpoints), self._pace.render.seconds),
+                    warm=Warm(
+                        dict(state.lanes),
+                        frozenset(state.checkpoints),
+                        self._pace.render.seconds,
+                        state.mixes,
+                        frozenset(state.apart),
+                    ),
                     limit=self._settings.micro_batch,
                     settings=self._settings,
                 )

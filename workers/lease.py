@@ -5,7 +5,7 @@ and a phase over its limit ends the process. Postgres being away ends nothing; o
 """
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import Condition, Lock, Thread
@@ -72,13 +72,14 @@ class Lease:
         leaving: Leaving,
         *,
         warm: Callable[[], Sequence[dict[str, Any]]] = tuple,
+        cache: Callable[[], Mapping[str, Any]] = dict,
         end: Callable[[Exit, str], None] = end_process,
     ) -> None:
         self._database = database
         self._settings = settings
         self._worker = worker
         self._leaving = leaving
-        self._warm = warm
+        self._warm, self._cache = warm, cache
         self._end = end
         self._interval = settings.heartbeat.total_seconds()
         self._lock = Lock()
@@ -139,7 +140,7 @@ class Lease:
         with self._database.transaction() as conn:
             if held:
                 renewal = jobs.renew(conn, worker=self._worker, claims=list(held), settings=self._settings)
-            jobs.tell(conn, worker=self._worker, state=self._state(held), warm=self._warm())
+            jobs.tell(conn, worker=self._worker, state=self._state(held), warm=self._warm(), cache=self._cache())
         if held:
             self._learn(held, renewal.lost, renewal.cancelled)
 

@@ -67,7 +67,7 @@ def main(renderer_factory: RendererFactory = engine) -> Exit:
     models = ModelStore(database, store, settings)
     renderer = renderer_factory(settings, models.fetch)
     _persist(lambda: _hello(database, settings, worker, renderer.device), leaving)
-    lease = Lease(database, settings, worker, leaving, warm=renderer.warm)
+    lease = Lease(database, settings, worker, leaving, warm=renderer.warm, cache=renderer.cache)
     lease.start()
     wrong = _canary(database, renderer, settings)
     if wrong is None:

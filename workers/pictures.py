@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from farm import __version__
+from farm.jobs import Difference
 from farm.recipe import Recipe
 
 Pixels = NDArray[np.uint8]
@@ -50,6 +51,20 @@ def encode_png(pixels: Pixels, *, texts: Mapping[str, str], level: int) -> bytes
     parts += [_text_chunk(key, text) for key, text in texts.items()]
     parts += [_chunk(b"IDAT", packed), _chunk(b"IEND", b"")]
     return b"".join(parts)
+
+
+def decode_png(png: bytes) -> Pixels:
+    """The pixels of a picture that `encode_png` wrote."""
+    with Image.open(io.BytesIO(png)) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def difference(one: Pixels, other: Pixels) -> Difference:
+    """How far two pictures of one size are apart. Raises ValueError for two sizes."""
+    if one.shape != other.shape:
+        raise ValueError(f"pictures of two sizes: {one.shape} and {other.shape}")
+    apart = np.abs(one.astype(np.int16) - other)
+    return Difference(int(apart.max()), round(float(apart.mean()), 6), round(float(apart.any(axis=2).mean()), 6))
 
 
 def encode_thumbnail(pixels: Pixels, *, longer_side: int) -> bytes:

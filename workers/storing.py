@@ -9,15 +9,15 @@ from threading import Event
 
 import structlog
 
-from farm.errors import FarmError, PermanentError, Unavailable
-from farm.jobs import ClaimedJob, Result, StoredImage
+from farm.errors import FarmError, NotFound, PermanentError, Unavailable
+from farm.jobs import ClaimedJob, Difference, Result, StoredImage
 from farm.objects import image_key
 from farm.settings import Settings
 from farm.states import Outcome
 from farm.storage import Store
 from workers.lease import Held
 from workers.leaving import Leaving
-from workers.pictures import Pixels, encode_png, encode_thumbnail, metadata
+from workers.pictures import Pixels, decode_png, difference, encode_png, encode_thumbnail, metadata
 
 MOST_THREADS = 16
 SHARE_OF_LIMIT = 0.8
@@ -65,9 +65,10 @@ class Storing:
             pause = FIRST_PAUSE_SECONDS
             while True:
                 try:
+                    apart = self._compared(job, pixels)
                     self._store.put(image.key, png, "image/png", image.sha256)
                     self._store.put(image.thumbnail_key, thumbnail, "image/webp", hashlib.sha256(thumbnail).hexdigest())
-                    return Result(job.id, job.attempt, Outcome.SUCCEEDED, image)
+                    return Result(job.id, job.attempt, Outcome.SUCCEEDED, image, difference=apart)
                 except Unavailable as error:
                     log.warning("upload failed", job=str(job.id), error=error.message)
                     if held.lost or pause >= leaving.seconds_left:
@@ -82,6 +83,16 @@ class Storing:
         except Exception as error:
             log.exception("picture not stored", job=str(job.id))
             return Result(job.id, job.attempt, Outcome.RETRY, error_code="store", error_message=repr(error)[:2000])
+
+    def _compared(self, job: ClaimedJob, pixels: Pixels) -> Difference | None:
+        """How far a replay is from the original picture, which S3 has as long as its job is there."""
+        if job.original is None:
+            return None
+        try:
+            before = self._store.get(job.original)
+        except NotFound as error:
+            raise NotFound("the picture to compare with is gone: its job was deleted") from error
+        return difference(pixels, decode_png(before))
 
     def _encode(self, job: ClaimedJob, pixels: Pixels) -> tuple[StoredImage, bytes, bytes]:
         texts = metadata(job.recipe, names=job.names, labels=job.labels) if job.metadata else {}

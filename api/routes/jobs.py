@@ -97,6 +97,28 @@ def cancel_job(job_id: UUID, caller: WriterDep, notices: NoticesDep, conn: ConnD
     return jobs.cancel_job(conn, caller.project_id, job_id)
 
 
+@router.post("/{job_id}/replay", status_code=201, response_model=JobView)
+def replay_job(
+    request: Request,
+    job_id: UUID,
+    caller: WriterDep,
+    farm: FarmDep,
+    notices: NoticesDep,
+    conn: ConnDep,
+    key: IdempotencyKey = None,
+) -> Response:
+    """Render a job's recipe again, as a job of its own beside it, and compare the two pictures.
+
+    Once the new job has succeeded, its `replay` tells how far they are apart. Only a job with a picture can be
+    replayed.
+    """
+    once = Once.of(request, caller.project_id, key, b"")
+    if (before := once.answered(conn, farm)) is not None:
+        return before
+    notices.work = True
+    return once.created(conn, jobs.replay_job(conn, caller.project_id, job_id))
+
+
 @router.post("/{job_id}/retry")
 def retry_job(job_id: UUID, caller: WriterDep, notices: NoticesDep, conn: ConnDep) -> JobView:
     """Put a failed or cancelled job back in the queue."""

@@ -128,6 +128,36 @@ def _show(services: list[dict[str, Any]], lanes: "list[LaneView]", workers: "lis
         ),
         "No worker is there.",
     )
+    caches = [(worker, worker.cache) for worker in workers if worker.cache]
+    if caches:
+        table(
+            ("WORKER", "#ON DEVICE", "#IN HOST", "WAITING", "#CHECKPOINT HITS", "#LOADS", "#LOADING", "#ADAPTER HITS"),
+            (_cache(str(worker.id)[-12:], cache) for worker, cache in caches),
+            "",
+        )
+
+
+def _cache(worker: str, cache: dict[str, Any]) -> tuple[object, ...]:
+    """How well a worker's cache serves, in one row."""
+    checkpoints, adapters = cache.get("checkpoints", {}), cache.get("adapters", {})
+    return (
+        worker,
+        _of(cache.get("device_bytes"), cache.get("device_budget")),
+        _of(cache.get("host_bytes"), cache.get("host_budget")),
+        ", ".join(_warm(entry) for entry in cache.get("waiting", [])),
+        _share(checkpoints.get("hit_rate")),
+        checkpoints.get("loads"),
+        seconds(checkpoints.get("load_seconds")),
+        _share(adapters.get("hit_rate")),
+    )
+
+
+def _of(part: float | None, whole: float | None) -> str:
+    return "" if part is None or whole is None else f"{size(part)} of {size(whole)}"
+
+
+def _share(rate: float | None) -> str:
+    return "" if rate is None else f"{rate:.0%}"
 
 
 def _warm(entry: dict[str, Any]) -> str:

@@ -13,9 +13,11 @@ from farm.jobs.changing import (
 )
 from farm.jobs.presence import goodbye, hello, tell
 from farm.jobs.reading import events, get_batch, get_job, image_of, list_batches, list_jobs, queue, workers
+from farm.jobs.replaying import replay_job
 from farm.jobs.running import (
     Claimed,
     ClaimedJob,
+    Difference,
     Renewal,
     Result,
     StoredImage,
@@ -30,6 +32,7 @@ from farm.scheduling import Warm
 __all__ = [
     "Claimed",
     "ClaimedJob",
+    "Difference",
     "Renewal",
     "Result",
     "StoredImage",
@@ -53,6 +56,7 @@ __all__ = [
     "queue",
     "remember",
     "renew",
+    "replay_job",
     "rescue",
     "resume_batch",
     "retry_batch",

@@ -1,6 +1,7 @@
 """What worker processes tell of themselves."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal
 from uuid import UUID
 
@@ -20,9 +21,10 @@ def tell(
     worker: UUID,
     state: Literal["starting", "idle", "busy", "leaving"],
     warm: Sequence[dict[str, Any]] = (),
+    cache: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
-    """A heartbeat: state, and what is warm (`checkpoint`, `adapters`, `bytes`, ...)."""
-    rows.tell(conn, worker=worker, state=state, warm=warm)
+    """A heartbeat: state, what is warm (`checkpoint`, `adapters`, `bytes`, ...), and how well the cache serves."""
+    rows.tell(conn, worker=worker, state=state, warm=warm, cache=cache)
 
 
 def goodbye(conn: Connection, *, worker: UUID) -> None:

@@ -15,7 +15,7 @@ from farm.queries import models as model_rows
 from farm.queries import reading as rows
 from farm.queries import workers as worker_rows
 from farm.states import JobState
-from farm.views import BatchView, Counts, Event, ImageView, JobError, JobView, LaneView, Page, WorkerView
+from farm.views import BatchView, Counts, Event, ImageView, JobError, JobView, LaneView, Page, ReplayView, WorkerView
 
 EVENTS_AT_ONCE = 200
 LOST_AFTER = "20 seconds"
@@ -118,18 +118,34 @@ def workers(conn: Connection) -> list[WorkerView]:
                 **row,
                 "state": "lost" if row["lost"] else row["state"],
                 "warm": [_warm_view(pipeline, names) for pipeline in row["warm"]],
+                "cache": _cache_view(row["cache"], names),
             }
         )
         for row in worker_rows.present(conn, LOST_AFTER)
     ]
 
 
+def _cache_view(cache: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    waiting = [
+        {**one, "hash": one["checkpoint"], "checkpoint": names.get(one["checkpoint"], one["checkpoint"])}
+        for one in cache.get("waiting", [])
+    ]
+    return {**cache, "waiting": waiting} if cache else {}
+
+
 def _warm_view(pipeline: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     checkpoint = pipeline.get("checkpoint", "")
-    adapters = [
-        {**use, "name": names.get(use.get("hash", ""), use.get("hash", ""))} for use in pipeline.get("adapters", [])
-    ]
-    return {**pipeline, "hash": checkpoint, "checkpoint": names.get(checkpoint, checkpoint), "adapters": adapters}
+
+    def named(kind: str) -> list[dict[str, Any]]:
+        return [{**use, "name": names.get(use.get("hash", ""), use.get("hash", ""))} for use in pipeline.get(kind, [])]
+
+    return {
+        **pipeline,
+        "hash": checkpoint,
+        "checkpoint": names.get(checkpoint, checkpoint),
+        "adapters": named("adapters"),
+        "slots": named("slots"),
+    }
 
 
 def events(conn: Connection, project_id: UUID, batch_id: UUID, after: str | None) -> list[Event]:
@@ -161,6 +177,10 @@ def job_view(row: RowMapping) -> JobView:
     error = None
     if row["error_code"] is not None:
         error = JobError(code=row["error_code"], message=row["error_message"] or "")
+    replay = None
+    if row["original_id"] is not None:
+        apart = {name: row[name] for name in ("levels", "mean_levels", "differing")}
+        replay = ReplayView(of=row["original_id"], **apart)
     recipe: dict[str, Any] = {
         name: body[name]
         for name in ("prompt", "negative_prompt", "width", "height", "steps", "guidance_scale", "scheduler", "seed")
@@ -176,6 +196,7 @@ def job_view(row: RowMapping) -> JobView:
         vae=names.get("vae"),
         error=error,
         image=image,
+        replay=replay,
     )
 
 

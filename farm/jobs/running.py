@@ -11,16 +11,13 @@ from sqlalchemy import Connection, RowMapping
 
 from farm import scheduling
 from farm.backoff import backoff
+from farm.jobs.taking import Place, take_any, take_one_set
 from farm.objects import attempt_prefix
 from farm.queries import claiming, finishing
 from farm.recipe import Recipe
 from farm.scheduling import Candidate, Policy, Warm
 from farm.settings import Settings
 from farm.states import JobState, Outcome
-
-LANES_TRIED = 8
-"""Lanes and adapter sets a claim looks into before it answers that there is nothing: others may hold the jobs of the
-first ones."""
 
 RESCUED_AT_ONCE = 1000
 """Attempts one rescue transaction ends."""
@@ -34,7 +31,7 @@ class ClaimedJob:
     """What a worker needs to render and publish one job.
 
     `alone`: its last attempt ended in a crash, so nothing else may be in work in the same process, or a crash would
-    not tell whose fault it was.
+    not tell whose fault it was. `original`: the key of the picture that a replay is compared with.
     """
 
     id: UUID
@@ -47,11 +44,15 @@ class ClaimedJob:
     names: dict[str, Any]
     metadata: bool
     alone: bool = False
+    original: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Claimed:
-    """A micro-batch: jobs of one lane and one adapter set. `more` tells whether that lane has further work now."""
+    """A micro-batch: jobs of one lane, and of one adapter set unless the worker mixes them.
+
+    `more` tells whether that lane has further work now.
+    """
 
     claim_id: UUID
     lane: str
@@ -81,8 +82,18 @@ class StoredImage:
 
 
 @dataclass(frozen=True, slots=True)
+class Difference:
+    """How far two pictures are apart: at most and on average, in levels of 255, and the share of pixels (0..1) that
+    differ at all."""
+
+    levels: int
+    mean_levels: float
+    differing: float
+
+
+@dataclass(frozen=True, slots=True)
 class Result:
-    """How one attempt ended. `image` is set exactly for a success."""
+    """How one attempt ended. `image` is set exactly for a success, `difference` for the success of a replay."""
 
     job_id: UUID
     attempt: int
@@ -90,6 +101,7 @@ class Result:
     image: StoredImage | None = None
     error_code: str = ""
     error_message: str = ""
+    difference: Difference | None = None
 
     def __post_init__(self) -> None:
         if (self.image is not None) != (self.outcome is Outcome.SUCCEEDED):
@@ -108,8 +120,9 @@ def claim(
     now: datetime | None = None,
     random: Random = _choices,
 ) -> Claimed | None:
-    """Take up to `limit` jobs of one lane and one adapter set, or answer None when nothing is claimable.
+    """Take up to `limit` jobs of one lane, or answer None when nothing is claimable.
 
+    They share one adapter set, unless the worker says that it mixes them (`warm.mixes`).
     Asked again with a known `claim_id` (the answer of the first COMMIT was lost), it answers the same jobs.
     `random` draws which segments are looked at beside the oldest, and whether age decides this time.
     """
@@ -122,66 +135,21 @@ def claim(
     ranked = scheduling.rank(
         [_candidate(row) for row in rows], warm, policy, now, worker=worker, chance=random.random()
     )
-    tried: set[tuple[str, str | None]] = set()
-    for choice in ranked:
-        if (choice.lane, choice.adapter_set) in tried:
-            continue
-        tried.add((choice.lane, choice.adapter_set))
-        overdue = now - choice.ready_since > settings.affinity_bound
-        prefer = None if overdue or choice.adapter_set is not None else warm.lanes.get(choice.lane)
-        taken, short = _take(conn, by_segment[choice.segment], pool, choice.lane, prefer, limit, now)
+    for choice in scheduling.few(ranked, warm):
+        place = Place(pool, choice.lane, limit, now)
+        if warm.mixes_in(choice.lane):
+            taken, short = take_any(conn, by_segment[choice.segment], place)
+        else:
+            overdue = now - choice.ready_since > settings.affinity_bound
+            prefer = None if overdue or choice.adapter_set is not None else warm.lanes.get(choice.lane)
+            taken, short = take_one_set(conn, by_segment[choice.segment], place, prefer)
         if taken:
             started = claiming.start(conn, claim=claim_id, worker=worker, ids=taken, lease=settings.lease, now=now)
         if short:
             claiming.settle_heads(conn, short)
         if taken:
             return _claimed(claim_id, started, more=len(rows) > len(short) or len(taken) >= limit)
-        if len(tried) >= LANES_TRIED:
-            break
     return None
-
-
-def _take(
-    conn: Connection, lead: RowMapping, pool: str, lane: str, prefer: str | None, limit: int, now: datetime
-) -> tuple[list[UUID], list[UUID]]:
-    """Lock jobs for one micro-batch, first from the lead segment. Answers them, and the segments found short."""
-    taken: dict[UUID, None] = {}
-    short: list[UUID] = []
-    adapter_set = prefer
-    rows = claiming.take(conn, lead, adapter_set=adapter_set, limit=limit, now=now)
-    if not rows and adapter_set is not None:
-        adapter_set = None
-        rows = claiming.take(conn, lead, adapter_set=None, limit=limit, now=now)
-    if rows and rows[0]["alone"]:
-        return [rows[0]["id"]], []
-    if not rows:
-        return [], [lead["segment"]]
-    chosen: str = rows[0]["adapter_set"]
-    taken.update((row["id"], None) for row in rows if row["adapter_set"] == chosen and not row["alone"])
-    if len(rows) < limit:
-        short.append(lead["segment"])
-    elif len(taken) < limit:
-        more = claiming.take(conn, lead, adapter_set=chosen, limit=limit, now=now)
-        taken.update((row["id"], None) for row in more)
-    if len(taken) < limit:
-        others = claiming.lane_segments(
-            conn,
-            pool=pool,
-            lane=lane,
-            adapter_set=chosen,
-            not_these=[lead["segment"]],
-            limit=limit - len(taken),
-            now=now,
-        )
-        for other in others:
-            missing = limit - len(taken)
-            found = claiming.take(conn, other, adapter_set=chosen, limit=missing, now=now)
-            taken.update((row["id"], None) for row in found)
-            if len(found) < missing:
-                short.append(other["segment"])
-            if len(taken) >= limit:
-                break
-    return list(taken)[:limit], short
 
 
 def renew(
@@ -280,6 +248,7 @@ def _claimed(claim_id: UUID, rows: Sequence[RowMapping], *, more: bool) -> Claim
             names=row["names"],
             metadata=row["metadata_wanted"],
             alone=row["alone"],
+            original=row["original"],
         )
         for row in rows
     )
@@ -324,6 +293,7 @@ def _move(row: RowMapping, result: Result, settings: Settings, now: datetime) ->
         "code": result.error_code or None,
         "message": result.error_message[:2000] or None,
         "image": result.image,
+        "difference": result.difference,
     }
 
 
@@ -353,6 +323,7 @@ def _crashed(row: RowMapping, *, settings: Settings) -> dict[str, Any]:
         "code": code,
         "message": message,
         "image": None,
+        "difference": None,
     }
 
 

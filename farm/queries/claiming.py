@@ -99,8 +99,15 @@ _CANDIDATES = text(f"""
         FROM (SELECT queued, running FROM counter_deltas WHERE segment_id = f.id LIMIT :deltas) recent) d
 """)
 
-# Two walks of ix_segments_set, so that neither the other sets of the lane nor their order cost anything.
+# Walks ix_segments_lane.
 _LANE = text(f"""
+    SELECT id AS segment, head_run_at, head_id FROM segments
+    WHERE pool = :pool AND lane = :lane AND {_READY} AND head_run_at <= :now AND id <> ALL(:not_these)
+    ORDER BY priority DESC, head_run_at LIMIT :limit
+""")
+
+# Two walks of ix_segments_set, so that neither the other sets of the lane nor their order cost anything.
+_LANE_SET = text(f"""
     SELECT segment, head_run_at, head_id FROM (
         (SELECT id AS segment, head_run_at, head_id, priority FROM segments
          WHERE pool = :pool AND lane = :lane AND adapter_set = :adapter_set AND {_READY} AND head_run_at <= :now
@@ -139,14 +146,16 @@ _START = text("""
         INSERT INTO counter_deltas (segment_id, batch_id, project_id, queued, running)
         SELECT segment_id, batch_id, project_id, -count(*), count(*) FROM moved GROUP BY 1, 2, 3
     )
-    SELECT moved.*, r.body, r.names, r.labels, r.metadata_wanted FROM moved JOIN recipes r ON r.job_id = moved.id
+    SELECT moved.*, r.body, r.names, r.labels, r.metadata_wanted, p.key AS original
+    FROM moved JOIN recipes r ON r.job_id = moved.id LEFT JOIN replays p ON p.job_id = moved.id
     ORDER BY moved.id
 """)
 
 _CLAIMED_BEFORE = text("""
     SELECT j.id, j.batch_id, j.project_id, j.number, j.alone, a.number AS attempt,
-           r.body, r.names, r.labels, r.metadata_wanted
+           r.body, r.names, r.labels, r.metadata_wanted, p.key AS original
     FROM attempts a JOIN jobs j ON j.id = a.job_id JOIN recipes r ON r.job_id = a.job_id
+    LEFT JOIN replays p ON p.job_id = a.job_id
     WHERE a.claim_id = :claim AND a.outcome IS NULL ORDER BY j.id
 """)
 
@@ -217,21 +226,16 @@ def lane_segments(
     *,
     pool: str,
     lane: str,
-    adapter_set: str,
+    adapter_set: str | None,
     not_these: Collection[UUID],
     limit: int,
     now: datetime,
 ) -> Sequence[RowMapping]:
-    """More segments of a lane that may hold jobs of this adapter set, to fill a micro-batch."""
-    parameters = {
-        "pool": pool,
-        "lane": lane,
-        "adapter_set": adapter_set,
-        "not_these": list(not_these),
-        "limit": limit,
-        "now": now,
-    }
-    return conn.execute(_LANE, parameters).mappings().all()
+    """More segments of a lane, to fill a micro-batch: those that may hold jobs of this adapter set, or all."""
+    parameters = {"pool": pool, "lane": lane, "not_these": list(not_these), "limit": limit, "now": now}
+    if adapter_set is None:
+        return conn.execute(_LANE, parameters).mappings().all()
+    return conn.execute(_LANE_SET, {**parameters, "adapter_set": adapter_set}).mappings().all()
 
 
 def take(conn: Connection, segment: Any, *, adapter_set: str | None, limit: int, now: datetime) -> Sequence[RowMapping]:

@@ -41,6 +41,11 @@ _MOVE = text("""
             CAST(:widths AS int[]), CAST(:heights AS int[]))
             AS i(job_id, key, thumbnail_key, sha256, bytes, thumbnail_bytes, width, height)
         JOIN moved ON moved.id = i.job_id AND moved.state = 'succeeded'
+    ), compared AS (
+        UPDATE replays p SET levels = c.levels, mean_levels = c.mean_levels, differing = c.differing
+        FROM unnest(CAST(:compared_ids AS uuid[]), CAST(:levels AS smallint[]), CAST(:mean_levels AS float8[]),
+                    CAST(:differing AS float8[])) AS c(job_id, levels, mean_levels, differing)
+        JOIN moved ON moved.id = c.job_id AND moved.state = 'succeeded' WHERE p.job_id = c.job_id
     ), counted AS (
         INSERT INTO counter_deltas (segment_id, batch_id, project_id, running, queued, succeeded, failed, cancelled)
         SELECT segment_id, batch_id, project_id, -count(*), count(*) FILTER (WHERE state = 'queued'),
@@ -96,8 +101,10 @@ def lock_jobs(conn: Connection, ids: Collection[UUID]) -> dict[UUID, RowMapping]
 def move(conn: Connection, moves: Sequence[dict[str, Any]], now: datetime) -> set[UUID]:
     """Apply the ends of attempts in one fenced statement; answers the jobs it changed.
 
-    Each move: id, attempt, state, outcome, run_at, failures, crashes, alone, code, message, image (or None).
+    Each move: id, attempt, state, outcome, run_at, failures, crashes, alone, code, message, image (or None),
+    difference (or None).
     """
+    compared = [(move["id"], move["difference"]) for move in moves if move["difference"] is not None]
     images = [(move["id"], move["image"]) for move in moves if move["image"] is not None]
     parameters = {
         "now": now,
@@ -111,6 +118,10 @@ def move(conn: Connection, moves: Sequence[dict[str, Any]], now: datetime) -> se
         "alone": [move["alone"] for move in moves],
         "codes": [move["code"] for move in moves],
         "messages": [move["message"] for move in moves],
+        "compared_ids": [job for job, _ in compared],
+        "levels": [difference.levels for _, difference in compared],
+        "mean_levels": [difference.mean_levels for _, difference in compared],
+        "differing": [difference.differing for _, difference in compared],
         "image_ids": [job for job, _ in images],
         "keys": [image.key for _, image in images],
         "thumbnail_keys": [image.thumbnail_key for _, image in images],

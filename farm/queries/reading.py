@@ -13,9 +13,10 @@ _JOB = f"""
     SELECT j.id, j.batch_id, j.number, {_STATE} AS state, j.attempt, s.priority, j.created_at, j.run_at, j.started_at,
            j.finished_at, CAST(j.finished_xid AS text) AS xid, j.error_code, j.error_message,
            r.body, r.names, r.labels, r.warnings,
-           i.key, i.thumbnail_key, i.sha256, i.bytes, i.thumbnail_bytes, i.width, i.height
+           i.key, i.thumbnail_key, i.sha256, i.bytes, i.thumbnail_bytes, i.width, i.height,
+           p.original_id, p.levels, p.mean_levels, p.differing
     FROM jobs j JOIN segments s ON s.id = j.segment_id JOIN batches b ON b.id = j.batch_id AND b.deleted_at IS NULL
-    JOIN recipes r ON r.job_id = j.id LEFT JOIN images i ON i.job_id = j.id
+    JOIN recipes r ON r.job_id = j.id LEFT JOIN images i ON i.job_id = j.id LEFT JOIN replays p ON p.job_id = j.id
 """
 
 _SUMS = """

@@ -1,6 +1,6 @@
 """The rows of worker processes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
@@ -15,10 +15,13 @@ _HELLO = text("""
 """)
 
 _TELL = text("""
-    UPDATE workers SET state = :state, warm = :warm, heartbeat_at = clock_timestamp() WHERE id = :worker
-""").bindparams(bindparam("warm", type_=JSONB))
+    UPDATE workers SET state = :state, warm = :warm, cache = :cache, heartbeat_at = clock_timestamp()
+    WHERE id = :worker
+""").bindparams(bindparam("warm", type_=JSONB), bindparam("cache", type_=JSONB))
 
-_GOODBYE = text("UPDATE workers SET state = 'leaving', warm = '[]', left_at = clock_timestamp() WHERE id = :worker")
+_GOODBYE = text(
+    "UPDATE workers SET state = 'leaving', warm = '[]', cache = '{}', left_at = clock_timestamp() WHERE id = :worker"
+)
 
 _ALL = text("""
     SELECT w.*, (SELECT count(*) FROM claims c JOIN attempts a ON a.claim_id = c.id AND a.outcome IS NULL
@@ -33,9 +36,11 @@ def hello(conn: Connection, **worker: Any) -> None:
     conn.execute(_HELLO, worker)
 
 
-def tell(conn: Connection, *, worker: UUID, state: str, warm: Sequence[dict[str, Any]]) -> None:
-    """A worker's heartbeat: what it does and what it keeps warm."""
-    conn.execute(_TELL, {"worker": worker, "state": state, "warm": list(warm)})
+def tell(
+    conn: Connection, *, worker: UUID, state: str, warm: Sequence[dict[str, Any]], cache: Mapping[str, Any]
+) -> None:
+    """A worker's heartbeat: what it does, what it keeps warm and how well its cache serves."""
+    conn.execute(_TELL, {"worker": worker, "state": state, "warm": list(warm), "cache": dict(cache)})
 
 
 def goodbye(conn: Connection, *, worker: UUID) -> None:

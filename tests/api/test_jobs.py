@@ -162,6 +162,7 @@ PLACES = [
     ("GET", "/jobs/{job}"),
     ("DELETE", "/jobs/{job}"),
     ("POST", "/jobs/{job}/cancel"),
+    ("POST", "/jobs/{job}/replay"),
     ("POST", "/jobs/{job}/retry"),
     ("GET", "/jobs/{job}/image"),
     ("GET", "/jobs/{job}/thumbnail"),
@@ -221,3 +222,20 @@ def test_the_doorbell_rings_after_a_submission(api: Api) -> None:
 def test_ids_sort_by_time(api: Api) -> None:
     ids = [UUID(api.http.post("/jobs", json={"prompt": PROMPT}).json()["id"]) for _ in range(3)]
     assert ids == sorted(ids)
+
+
+def test_a_job_with_a_picture_is_replayed_beside_itself(api: Api) -> None:
+    job = api.http.post("/jobs", json={"prompt": PROMPT, "seed": 5, "labels": {"set": "train"}}).json()
+    problem_of(api.http.post(f"/jobs/{job['id']}/replay"), 409, "conflict")
+    api.render(1)
+    answer = api.http.post(f"/jobs/{job['id']}/replay", headers={"Idempotency-Key": "once"})
+    assert answer.status_code == 201
+    replay = answer.json()
+    assert answer.headers["location"] == f"/api/v1/jobs/{replay['id']}"
+    assert replay["replay"] == {"of": job["id"], "levels": None, "mean_levels": None, "differing": None}
+    assert (replay["seed"], replay["prompt"], replay["state"]) == (5, PROMPT, "queued")
+    assert replay["batch_id"] != job["batch_id"]
+    again = api.http.post(f"/jobs/{job['id']}/replay", headers={"Idempotency-Key": "once"})
+    assert again.json()["id"] == replay["id"]
+    assert api.http.get(f"/jobs/{job['id']}").json()["replay"] is None
+    problem_of(api.http.post(f"/jobs/{uuid4()}/replay"), 404, "not-found")

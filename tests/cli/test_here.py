@@ -37,6 +37,15 @@ WORKER = {
     "heartbeat_at": "2030-01-01T00:00:00Z",
     "running": 0,
     "warm": [{"checkpoint": "crack-tiny", "hash": "a" * 64, "bytes": 5_000_000}],
+    "cache": {
+        "checkpoints": {"hits": 3, "host": 0, "loads": 1, "load_seconds": 1.5, "hit_rate": 0.75},
+        "adapters": {"kept": 2, "bytes": 1024, "hits": 1, "reads": 1, "hit_rate": 0.5},
+        "waiting": [{"checkpoint": "other", "hash": "b" * 64, "bytes": 2048}],
+        "device_bytes": 5_000_000,
+        "device_budget": 4 * 1024**3,
+        "host_bytes": 3072,
+        "host_budget": 1024**3,
+    },
 }
 CHECKPOINT = {
     "name": "crack-tiny",
@@ -126,6 +135,8 @@ def test_status_tells_who_is_really_there(run: Run, fake: FakeFarm) -> None:
     shown = run("status").stdout
     assert "The queue is empty." in shown
     assert "crack-tiny (4.8 MiB)" in shown
+    for words in ("4.8 MiB of 4.0 GiB", "3.0 KiB of 1.0 GiB", "other (2.0 KiB)", "75%", "1.5 s", "50%"):
+        assert words in shown
 
 
 def test_status_of_an_unreachable_farm_shows_what_is_known(run: Run, fake: FakeFarm) -> None:

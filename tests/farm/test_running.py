@@ -4,9 +4,10 @@ import threading
 import uuid
 from datetime import timedelta
 from random import Random
+from typing import Any
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import event, text
 
 from farm import jobs
 from farm.jobs import Warm
@@ -194,6 +195,85 @@ def test_a_micro_batch_has_one_lane_and_one_adapter_set(queue: Queue) -> None:
         assert len(claimed.jobs) == 4
         seen += len(claimed.jobs)
     assert seen == 16
+
+
+def styled(count: int) -> list[dict[str, Any]]:
+    """Jobs with a different adapter set each."""
+    return [
+        {"prompt": f"crack {n}", "seed": n, "adapters": [{"name": "moss", "weight": n % 99 / 10 + 0.1}]}
+        for n in range(count)
+    ]
+
+
+def test_a_worker_with_slots_takes_several_adapter_sets_of_one_lane(queue: Queue) -> None:
+    queue.submit([*styled(3), {"prompt": "bare", "seed": 9}])
+    queue.submit(styled(6))
+    queue.submit(styled(4), steps=8)
+    claimed = queue.claim(warm=Warm(mixes=True))
+    assert claimed is not None
+    assert len(claimed.jobs) == 8, "two segments of a lane fill one micro-batch"
+    assert len({job.recipe.lane for job in claimed.jobs}) == 1
+    assert len({job.recipe.adapter_set for job in claimed.jobs}) == 5
+    first = [job for job in claimed.jobs if job.batch_id == claimed.jobs[0].batch_id]
+    assert [job.number for job in first] == [0, 1, 2, 3], "in the order of the queue"
+    rest = queue.claim(warm=Warm(mixes=True))
+    assert rest is not None
+    assert len(rest.jobs) == 2
+    other = queue.claim(warm=Warm(mixes=True))
+    assert other is not None
+    assert {job.recipe.steps for job in other.jobs} == {8}
+    assert len(other.jobs) == 4
+    assert queue.claim(warm=Warm(mixes=True)) is None
+
+
+def test_a_lane_that_is_cheaper_apart_is_claimed_one_set_at_a_time(queue: Queue) -> None:
+    queue.submit(styled(2))
+    first = queue.claim()
+    assert first is not None
+    assert len(first.jobs) == 1
+    queue.finish(first, Outcome.GIVEN_BACK)
+    apart = queue.claim(warm=Warm(mixes=True, apart=frozenset({first.lane})))
+    assert apart is not None
+    assert len(apart.jobs) == 1
+
+
+def test_a_job_under_suspicion_comes_alone_among_mixed_ones_too(queue: Queue) -> None:
+    queue.submit(styled(4))
+    queue.submit(styled(2))
+    queue.do(lambda conn: conn.execute(text("UPDATE jobs SET alone = true WHERE number = 1")))
+    sizes = []
+    while claimed := queue.claim(warm=Warm(mixes=True)):
+        sizes.append((len(claimed.jobs), {job.alone for job in claimed.jobs}))
+    assert sum(size for size, _ in sizes) == 6
+    assert all(size == 1 for size, alone in sizes if alone == {True})
+    assert sum(alone == {True} for _, alone in sizes) == 2
+    assert {len(alone) for _, alone in sizes} == {1}
+
+
+def test_a_mixed_claim_costs_the_same_statements_whatever_the_queue_holds(queue: Queue) -> None:
+    """Each statement walks an index from the head; so what counts is how many there are and what they step over."""
+
+    def statements() -> int:
+        seen: list[str] = []
+
+        def listen(_conn: Any, _cursor: Any, statement: str, *_more: Any) -> None:
+            seen.append(statement)
+
+        with queue.database.transaction() as conn:
+            event.listen(conn.engine, "before_cursor_execute", listen)
+            try:
+                jobs.claim(
+                    conn, claim_id=uuid.uuid4(), worker=queue.worker, pool="default", warm=Warm(mixes=True), limit=8,
+                    settings=queue.settings,
+                )  # fmt: skip
+            finally:
+                event.remove(conn.engine, "before_cursor_execute", listen)
+        return len(seen)
+
+    queue.submit(styled(20))
+    few = statements()
+    queue.submit(styled(2000))
+    assert statements() == few
 
 
 def test_jobs_of_several_batches_share_a_micro_batch(queue: Queue) -> None:

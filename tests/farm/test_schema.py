@@ -131,6 +131,7 @@ def test_finding_work_walks_its_indexes(queue: Queue) -> None:
     assert "Seq Scan on counters" not in found
     assert " jobs" not in found
     others = {"pool": "default", "lane": "crowded", "adapter_set": "", "not_these": [], "limit": 8, "now": now}
-    filling = plan(queue, claiming._LANE, others)
+    filling = plan(queue, claiming._LANE_SET, others)
     assert filling.count("ix_segments_set on segments") == 2
+    assert "ix_segments_lane on segments" in plan(queue, claiming._LANE, others)
     assert queue.do(claiming.claim_exists, uuid.uuid4()) is False

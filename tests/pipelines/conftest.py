@@ -67,14 +67,28 @@ def sdxl_shapes(sdxl_folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 @pytest.fixture(scope="session")
-def adapter_files(tmp_path_factory: pytest.TempPathFactory, sd_shapes: dict[str, tuple[int, ...]]) -> dict[str, Path]:
-    """By hash: an acceleration adapter over most of the UNet, two styles, one of them in the text encoder too."""
+def adapter_files(
+    tmp_path_factory: pytest.TempPathFactory,
+    sd_shapes: dict[str, tuple[int, ...]],
+    sdxl_shapes: dict[str, tuple[int, ...]],
+) -> dict[str, Path]:
+    """By hash: an acceleration adapter over most of the UNet, two styles, one of them in the text encoder too; with
+    `xl-` in front the same for SDXL."""
     folder = tmp_path_factory.mktemp("adapters")
     layers = {name.removesuffix(".weight"): shape for name, shape in sd_shapes.items()}
     whole = {name: shape for name, shape in layers.items() if name.startswith("unet.") and "conv_" not in name}
     attention = {name: shape for name, shape in whole.items() if ".attn1." in name}
     text = {name: shape for name, shape in layers.items() if name.startswith("text_encoder.") and "self_attn" in name}
+    wide = {name.removesuffix(".weight"): shape for name, shape in sdxl_shapes.items()}
+    wide_unet = {name: shape for name, shape in wide.items() if name.startswith("unet.") and "conv_" not in name}
+    wide_style = {name: shape for name, shape in wide_unet.items() if ".attn" in name}
+    wide_text = {name: shape for name, shape in wide.items() if name.startswith("text_encoder") and "self_attn" in name}
     return {
+        "xl-fast": toys.kohya(folder / "xl-fast.safetensors", toys.changes(wide_unet, seed=4, strength=0.15)),
+        "xl-style": toys.diffusers_file(folder / "xl-style.safetensors", toys.changes(wide_style, seed=5)),
+        "xl-words": toys.kohya(
+            folder / "xl-words.safetensors", toys.changes({**wide_style, **wide_text}, seed=6), toys.KOHYA_XL
+        ),
         "fast": toys.kohya(folder / "fast.safetensors", toys.changes(whole, seed=1, strength=0.15)),
         "style": toys.diffusers_file(folder / "style.safetensors", toys.changes(attention, seed=2)),
         "words": toys.kohya(folder / "words.safetensors", toys.changes({**attention, **text}, seed=3)),

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from farm.errors import InvalidModel
-from workers.pipelines.adapters import Adapter, read_adapter
+from workers.pipelines.adapters import read_adapter
+from workers.pipelines.factors import Adapter
 from workers.pipelines.targets import aliases
 
 from . import toys

@@ -1,7 +1,9 @@
 """What stays on the device, in which order it goes, and what never goes."""
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,8 +11,8 @@ import torch
 from farm.errors import InvalidModel, OutOfMemory
 from workers.pipelines.cache import Entry, Residents
 from workers.pipelines.engine import Engine
-from workers.pipelines.load import Pipeline, load
-from workers.pipelines.lru import Lru
+from workers.pipelines.load import Pipeline, estimate, load
+from workers.pipelines.lru import Lru, Shelf
 
 from .conftest import Fetch, farm_settings, go_on, recipe
 
@@ -22,7 +24,7 @@ class Bench:
 
     def __init__(self, folder: Path, budget: int) -> None:
         self.loads: list[str] = []
-        self.residents = Residents(CPU, budget)
+        self.residents = Residents(CPU, budget, Shelf(1))
         self._folder = folder
 
     def hold(self, name: str) -> Entry:
@@ -141,3 +143,164 @@ def test_things_kept_by_bytes() -> None:
     assert (kept.get("huge"), kept.bytes) == (5, 3)
     kept.clear()
     assert (kept.get("huge"), kept.bytes) == (None, 0)
+    kept.put("a", 1, 4)
+    kept.put("b", 2, 4)
+    assert kept.pop("a") == 1
+    assert (kept.pop("a"), kept.bytes) == (None, 4)
+    kept.put("c", 3, 4)
+    kept.make_room(5)
+    assert kept.items() == [("c", 4)], "so that five more are within the limit"
+
+
+class Moved:
+    """Stands for a loaded pipeline of 10 bytes; knows where it is."""
+
+    load_seconds = 0.5
+    bytes = 10
+
+    def __init__(self, checkpoint: str) -> None:
+        self.checkpoint = checkpoint
+        self.place = "host"
+        self.parking: Callable[[], None] = lambda: None
+
+    def move(self, device: torch.device) -> None:
+        self.place = str(device)
+
+    def park(self) -> None:
+        self.parking()
+        self.move(CPU)
+
+
+class Gpu:
+    """Residents of a device of its own with room for two, and host memory for `host` bytes."""
+
+    def __init__(self, host: int) -> None:
+        self.shelf = Shelf(host)
+        self.residents = Residents(torch.device("cuda:0"), 20, self.shelf)
+        self.loads: list[str] = []
+
+    def hold(self, name: str) -> Entry:
+        return self.residents.hold(name, lambda: self._read(name))
+
+    def use(self, name: str) -> None:
+        entry = self.hold(name)
+        self.residents.admit(entry)
+        self.residents.release(entry)
+
+    def _read(self, name: str) -> Any:
+        self.residents.expect(name, Moved.bytes)
+        self.loads.append(name)
+        return Moved(name)
+
+    @property
+    def waiting(self) -> list[str]:
+        return [key[1] for key in self.shelf.sizes("checkpoint")]
+
+    @property
+    def resident(self) -> list[str]:
+        return [entry.checkpoint for entry in self.residents.resident()]
+
+
+def test_a_cold_checkpoint_waits_in_host_memory() -> None:
+    gpu = Gpu(host=20)
+    for name in "abc":
+        gpu.use(name)
+    assert (gpu.resident, gpu.waiting) == (["b", "c"], ["a"])
+    gpu.use("a")
+    assert (gpu.resident, gpu.waiting, gpu.loads) == (["c", "a"], ["b"], ["a", "b", "c"])
+    for name in "de":
+        gpu.use(name)
+    assert gpu.waiting == ["c", "a"], "the least recently used left the host too"
+    told = gpu.residents.told()
+    assert told["checkpoints"] == {"hits": 0, "host": 1, "loads": 5, "load_seconds": 2.5, "hit_rate": 0.0}
+    gpu.use("e")
+    told = gpu.residents.told()
+    assert told["checkpoints"]["hit_rate"] == round(1 / 7, 4)
+    assert (told["device_bytes"], told["device_budget"]) == (20, 20)
+
+
+def test_adapters_and_cold_checkpoints_share_the_host_budget() -> None:
+    gpu = Gpu(host=25)
+    gpu.shelf.put(("adapter", "x", ""), object(), 8)
+    gpu.shelf.put(("adapter", "y", ""), object(), 8)
+    for name in "abc":
+        gpu.use(name)
+    assert gpu.shelf.bytes <= 25
+    assert gpu.waiting == ["a"]
+    assert list(gpu.shelf.sizes("adapter")) == [("adapter", "y", "")], "room was made before the next was read"
+
+
+def test_what_can_never_fit_is_refused_before_it_is_read() -> None:
+    gpu = Gpu(host=20)
+    with pytest.raises(OutOfMemory, match="needs about 21 bytes, the device budget is 20"):
+        gpu.residents.expect("a", 21)
+
+
+def test_one_in_use_waits_in_the_host_and_is_not_forgotten() -> None:
+    gpu = Gpu(host=1)
+    staged = gpu.hold("a")
+    gpu.residents.admit(staged)
+    second = gpu.hold("b")
+    gpu.residents.admit(second)
+    gpu.residents.admit(gpu.hold("c"))
+    assert gpu.resident == ["b", "c"]
+    place: Any = staged.pipeline
+    assert place.place == "cpu"
+    gpu.residents.release(second)
+    gpu.residents.admit(staged)
+    assert sorted(gpu.resident) == ["a", "c"]
+    assert gpu.loads == ["a", "b", "c"]
+
+
+def test_a_thread_that_asks_while_it_leaves_gets_it_back() -> None:
+    """Eviction and a new user meet: the checkpoint is read once."""
+    gpu = Gpu(host=20)
+    gpu.use("a")
+    (entry,) = gpu.residents.resident()
+    pipeline: Any = entry.pipeline
+    started, on = threading.Event(), threading.Event()
+    pipeline.parking = lambda: (started.set(), on.wait(10))
+    leaving = threading.Thread(target=gpu.residents.evict_idle, args=[Entry("other")])
+    leaving.start()
+    assert started.wait(10)
+    held: list[Entry] = []
+    asking = threading.Thread(target=lambda: held.append(gpu.hold("a")))
+    asking.start()
+    on.set()
+    leaving.join(10)
+    asking.join(10)
+    assert gpu.loads == ["a"]
+    assert held[0].pipeline is pipeline
+    gpu.residents.admit(held[0])
+    assert gpu.resident == ["a"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("model", ["sd", "sdxl"])
+def test_the_estimate_is_what_loading_takes(fetch: Fetch, model: str, dtype: torch.dtype) -> None:
+    said = estimate(fetch(model), dtype, dtype)
+    loaded = load(fetch(model), model, dtype, dtype).bytes
+    assert 0.9 * loaded <= said <= loaded * 1.05
+
+
+def test_a_cpu_makes_room_before_it_reads(bench: Bench, pipeline: Pipeline) -> None:
+    for name in "ab":
+        bench.use(name)
+    bench.residents.expect("c", pipeline.bytes)
+    assert bench.resident == ["b"]
+
+
+def test_an_engine_tells_how_its_cache_serves(engine: Engine) -> None:
+    style = [{"hash": "style", "weight": 1.0}]
+    for adapters in (style, [], style):
+        recipes = [recipe(steps=1, adapters=adapters)]
+        engine.render(engine.stage(recipes), recipes, go_on)
+    told = engine.cache()
+    assert told["checkpoints"]["hit_rate"] == round(2 / 3, 4)
+    assert told["checkpoints"]["loads"] == 1
+    assert told["checkpoints"]["load_seconds"] > 0
+    kept = {name: told["adapters"][name] for name in ("kept", "hits", "reads", "hit_rate")}
+    assert kept == {"kept": 1, "hits": 1, "reads": 1, "hit_rate": 0.5}
+    assert told["host_bytes"] == told["adapters"]["bytes"] > 0
+    assert 0 < told["device_bytes"] < told["device_budget"]
+    assert told["waiting"] == []

@@ -45,7 +45,7 @@ def test_families(sd_folder: Path, sdxl_folder: Path) -> None:
 
 def test_bytes_are_measured(sd_folder: Path) -> None:
     full, half = load(sd_folder, "a", F32, F32), load(sd_folder, "a", torch.float16, F32)
-    assert full.bytes == pytest.approx(estimate(sd_folder), rel=0.1)
+    assert full.bytes == pytest.approx(estimate(sd_folder, torch.float32, torch.float32), rel=0.1)
     assert half.bytes == pytest.approx(full.bytes / 2, rel=0.05)
     tensor = torch.zeros(100)
     assert measured([tensor, tensor[:50]]) == 400, "a storage is counted once"

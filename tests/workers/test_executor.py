@@ -327,3 +327,34 @@ def test_a_result_for_an_old_attempt_is_refused(farm: Queue) -> None:
     late = replace(claimed, jobs=(replace(claimed.jobs[0], attempt=claimed.jobs[0].attempt + 1),))
     assert set(farm.finish(late, Outcome.GIVEN_BACK).values()) == {"lost"}
     assert farm.counts(batch) == {"running": 1}
+
+
+def test_the_next_micro_batch_is_staged_while_the_device_renders(
+    executor: Executor, farm: Queue, renderer: Ordered
+) -> None:
+    """Fetching, verifying and parsing wait for nobody; only what changes the device waits for it."""
+    batch = farm.submit(8)
+    executor._pace.ahead.took(1.0)
+    staged: list[int] = []
+    second = Event()
+    steps: list[bool] = []
+
+    def staging() -> None:
+        staged.append(len(steps))
+        if len(staged) == 2:
+            second.set()
+
+    def before_step() -> None:
+        # The first micro-batch stops before its last step until the second is staged.
+        steps.append(len(steps) < 3 or second.wait(10))
+
+    renderer.staging, renderer.before_step = staging, before_step
+    threads = [Thread(target=executor.work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert farm.counts(batch) == {"succeeded": 8}
+    assert all(steps)
+    assert staged[0] == 0
+    assert 1 <= staged[1] <= 3, "before the first micro-batch had taken its fourth and last step"

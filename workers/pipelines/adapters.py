@@ -12,10 +12,10 @@ from typing import Any
 import orjson
 import torch
 from safetensors import safe_open
-from torch import Tensor
 
 from farm.errors import InvalidModel
 from farm.safefile import Header, TensorInfo, read_header
+from workers.pipelines.factors import Adapter, Factors
 
 MAX_RANK = 512
 NUMBER_TYPES = frozenset({"F16", "BF16", "F32", "F64"})
@@ -54,43 +54,6 @@ PART_FOLDERS = {
 }
 METADATA_KEY = "lora_adapter_metadata"
 """Where diffusers puts the PEFT configuration in the header of a single file."""
-
-
-@dataclass(frozen=True)
-class Factors:
-    """One weight's low-rank change: `up @ down * alpha / rank`.
-
-    `down` is (rank, in) or (rank, in, kh, kw), `up` is (out, rank) or (out, rank, 1, 1); host memory, as stored.
-    """
-
-    down: Tensor
-    up: Tensor
-    alpha: float
-
-    @property
-    def rank(self) -> int:
-        return int(self.down.shape[0])
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / self.rank
-
-
-@dataclass(frozen=True, eq=False)
-class Adapter:
-    """An adapter in canonical form: canonical weight name -> factors."""
-
-    hash: str
-    factors: Mapping[str, Factors]
-
-    @property
-    def bytes(self) -> int:
-        return sum(one.down.nbytes + one.up.nbytes for one in self.factors.values())
-
-    @property
-    def changes_text(self) -> bool:
-        """Whether any text encoder weight changes, so that prompts have to be encoded anew."""
-        return any(not name.startswith("unet.") for name in self.factors)
 
 
 @dataclass(frozen=True)

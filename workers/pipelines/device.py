@@ -6,6 +6,7 @@ import gc
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import torch
 
 from farm.modelfiles import read_json
@@ -14,6 +15,7 @@ from workers.pipelines.spread import Spread
 
 CPU_BUDGET = 4 * 1024**3
 GPU_SHARE = 0.8
+HOST_SHARE = 0.25
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -56,6 +58,11 @@ class Device:
         elif self.place.type == "mps":
             torch.mps.empty_cache()
 
+    def finish(self) -> None:
+        """Wait until the device has done what it was asked: for measuring."""
+        if self.place.type == "cuda":
+            torch.cuda.synchronize(self.place)
+
     @property
     def decode_pixels(self) -> int:
         """Pixels decoded in one go. A CPU is fastest while the activations stay in its caches; a GPU wants them few
@@ -87,6 +94,11 @@ def _budget(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory * GPU_SHARE)
     return CPU_BUDGET
+
+
+def host_budget() -> int:
+    """Bytes of host memory for parsed adapters and cold checkpoints, where no setting says how many."""
+    return int(psutil.virtual_memory().total * HOST_SHARE)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

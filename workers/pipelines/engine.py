@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import hashlib
+import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import structlog
+import torch
 
 from farm.errors import FarmError, InvalidRequest, OutOfMemory, RenderFailed
 from farm.recipe import AdapterUse, Recipe
 from farm.settings import Settings
-from workers.pipelines.adapters import Adapter, read_adapter
 from workers.pipelines.cache import Entry, Residents
-from workers.pipelines.device import Device, choose, is_fatal, is_out_of_memory
-from workers.pipelines.load import Pipeline, load, load_vae
-from workers.pipelines.lru import Lru
+from workers.pipelines.costs import Costs, Way
+from workers.pipelines.device import Device, choose, host_budget, is_fatal, is_out_of_memory
+from workers.pipelines.factors import Use
+from workers.pipelines.library import Library
+from workers.pipelines.lru import Shelf
+from workers.pipelines.merge import text_key
+from workers.pipelines.parts import in_parts
+from workers.pipelines.prompts import Text, all_known, texts
 from workers.pipelines.render import OnStep, Picture, render
-from workers.pipelines.targets import aliases
-from workers.pipelines.upsample import merge_upsampling
+from workers.pipelines.slots import distinct
 
-ADAPTER_BYTES = 4 * 1024**3
-"""Parsed adapters kept in host memory: 40 LCM-LoRAs of SDXL, or hundreds of style adapters."""
 LANES_REMEMBERED = 256
 CANARY_PIXELS = 64
 CANARY_PROMPT = "A single split crack on a concrete wall"
@@ -34,22 +38,30 @@ log = structlog.get_logger(__name__)
 
 
 class WarmState(NamedTuple):
-    """What a claim may prefer: lane -> adapter set merged now (empty for none), and checkpoints on the device."""
+    """What a claim may prefer: lane -> adapter set merged now (empty for none), and checkpoints on the device.
+
+    `mixes`: several adapter sets of one lane may come in one micro-batch, but for the lanes in `apart`, where one set
+    at a time was measured to be cheaper.
+    """
 
     lanes: dict[str, str]
     checkpoints: frozenset[str]
+    mixes: bool
+    apart: frozenset[str]
 
 
 @dataclass(eq=False)
 class Staged:
     """Everything a micro-batch needs, read and checked, in host memory or on the device already.
 
-    Keeps its checkpoint from being dropped until `close`, which rendering does; an abandoned one closes itself.
+    `styles` holds the adapters of each adapter set in it. Keeps its checkpoint from being dropped until `close`, which
+    rendering does; an abandoned one closes itself.
     """
 
     entry: Entry
     vae: Any | None
-    uses: tuple[tuple[Adapter, float], ...]
+    acceleration: tuple[Use, ...]
+    styles: dict[str, tuple[Use, ...]]
     finalizer: weakref.finalize[..., Staged] | None = None
 
     def close(self) -> None:
@@ -64,12 +76,13 @@ class Engine:
     def __init__(self, settings: Settings, fetch: Callable[[str], Path]) -> None:
         """`fetch(hash)` answers the verified local folder or file of a checkpoint, VAE or adapter."""
         self._device: Device = choose(settings)
-        self._fetch = fetch
-        self._most = settings.micro_batch
-        self._residents = Residents(self._device.place, self._device.budget)
-        self._adapters: Lru[tuple[str, str], Adapter] = Lru(ADAPTER_BYTES)
+        self._most, self._mixes = settings.micro_batch, settings.mix_adapters
+        shelf = Shelf(settings.host_budget_bytes or host_budget())
+        self._residents = Residents(self._device.place, self._device.budget, shelf)
+        self._library = Library(self._device, self._residents, shelf, fetch)
         self._limits: dict[str, int] = {}
         self._lanes: OrderedDict[str, tuple[str, AdapterUse | None]] = OrderedDict()
+        self.costs = Costs()
 
     @property
     def device(self) -> str:
@@ -86,35 +99,49 @@ class Engine:
         return self._limits.get(lane, self._most)
 
     def stage(self, recipes: Sequence[Recipe]) -> Staged:
-        """Fetch, verify and parse what these recipes need, outside the device lock. They share lane and adapter set.
+        """Fetch, verify and parse what these recipes need, outside the device lock. They share their lane.
 
-        Raises InvalidModel for a checkpoint or adapter that cannot be used, InvalidRequest for mixed recipes.
+        Raises InvalidModel for a checkpoint or adapter that cannot be used, InvalidRequest for recipes of two lanes.
         """
         first = recipes[0]
-        if any((one.lane, one.adapter_set) != (first.lane, first.adapter_set) for one in recipes):
-            raise InvalidRequest("recipes of one micro-batch must share their lane and adapter set")
-        entry = self._residents.hold(first.checkpoint, lambda: self._load(first.checkpoint))
+        if any(one.lane != first.lane for one in recipes):
+            raise InvalidRequest("recipes of one micro-batch must share their lane")
+        entry = self._library.hold(first.checkpoint)
         try:
-            vae = self._load_vae(first.vae, entry.loaded) if first.vae and first.vae not in entry.loaded.vaes else None
-            wanted = [*first.adapters, *([first.acceleration] if first.acceleration else [])]
-            uses = tuple((self._adapter(use.hash, entry.loaded), use.weight) for use in wanted)
+            vae = (
+                self._library.vae(first.vae, entry.loaded) if first.vae and first.vae not in entry.loaded.vaes else None
+            )
+            acceleration = self._library.uses([first.acceleration] if first.acceleration else [], entry.loaded)
+            styles = {one.adapter_set: self._library.uses(one.adapters, entry.loaded) for one in recipes}
         except BaseException:
             self._residents.release(entry)
             raise
-        staged = Staged(entry, vae, uses)
+        staged = Staged(entry, vae, acceleration, styles)
         staged.finalizer = weakref.finalize(staged, self._residents.release, entry)
         return staged
 
     def render(self, staged: Staged, recipes: Sequence[Recipe], on_step: OnStep) -> list[Picture | None]:
         """Merge, encode prompts, denoise, decode: one picture per recipe, None for those `on_step` told to drop.
 
-        A micro-batch that does not fit is halved until it does, with the same pictures; `on_step` then counts the
-        steps of all parts. Raises OutOfMemory if one image alone does not fit, RenderFailed (with `fatal=True` when
-        the device is lost) for everything else that goes wrong.
+        Several adapter sets are rendered at once with slots, or one after the other merged, whichever was measured to
+        be cheaper; a single set is always merged. A micro-batch that does not fit is halved until it does, with the
+        same pictures; `on_step` then counts the steps of all parts. Raises OutOfMemory if one image alone does not fit,
+        RenderFailed (with `fatal=True` when the device is lost) for everything else that goes wrong.
         """
+        entry, lane, steps = staged.entry, recipes[0].lane, recipes[0].steps
+        groups: dict[str, list[int]] = {}
+        for place, recipe in enumerate(recipes):
+            groups.setdefault(recipe.adapter_set, []).append(place)
         try:
-            self._prepare(staged, recipes[0])
-            return self._in_parts(staged.entry, recipes, on_step)
+            way = self._way(staged, lane, [len(group) for group in groups.values()])
+            return in_parts(
+                list(groups.values()) if way == "merged" else [list(range(len(recipes)))],
+                steps,
+                on_step,
+                lambda part, heard: self._once(staged, [recipes[place] for place in part], heard, way),
+                lambda: self.limit(lane),
+                partial(self._shrink, entry, recipes[0]),
+            )
         finally:
             staged.close()
 
@@ -127,6 +154,7 @@ class Engine:
                 "lanes": [lane for lane in lanes if self._lanes[lane][0] == entry.checkpoint],
                 "adapters": [{"hash": hash_, "weight": weight} for hash_, weight in entry.loaded.merger.uses],
                 "adapter_set": entry.adapter_set,
+                "slots": [{"hash": hash_} for hash_ in entry.loaded.slots.resident],
                 "bytes": entry.bytes,
                 "pristine_bytes": entry.loaded.merger.bytes,
                 "load_seconds": round(entry.loaded.load_seconds, 3),
@@ -134,6 +162,10 @@ class Engine:
             }
             for entry in self._residents.resident()
         ]
+
+    def cache(self) -> dict[str, Any]:
+        """How well the cache serves: hit rates, load seconds, bytes within budgets, what waits in host memory."""
+        return {**self._residents.told(), **self._library.told()}
 
     def warm_state(self) -> WarmState:
         """The lanes this engine could render without loading or swapping the acceleration, and its checkpoints."""
@@ -143,7 +175,7 @@ class Engine:
             for lane, (checkpoint, acceleration) in tuple(self._lanes.items())
             if checkpoint in resident and resident[checkpoint].acceleration == acceleration
         }
-        return WarmState(lanes, frozenset(resident))
+        return WarmState(lanes, frozenset(resident), self._mixes, self.costs.apart(self._most))
 
     def canary(self, checkpoint: str | None = None) -> bytes:
         """Render a fixed small recipe and answer its sha256: equal on every healthy device of one class.
@@ -162,78 +194,115 @@ class Engine:
         assert picture is not None  # noqa: S101  # nothing was dropped
         return hashlib.sha256(picture.tobytes()).digest()
 
-    def _prepare(self, staged: Staged, recipe: Recipe) -> None:
-        """Everything on the device and merged. Out of memory once: drop what is idle and try again."""
-        entry = staged.entry
+    def _way(self, staged: Staged, lane: str, groups: Sequence[int]) -> Way:
+        """How to render groups of so many images, each with an adapter set of its own."""
+        if len(groups) == 1:
+            # Merged whatever it costs: the pictures of one set then have the same bits in every process.
+            return "merged"
+        pipeline, adapters = staged.entry.loaded, list(distinct(list(staged.styles.values())))
+        bytes_ = (
+            pipeline.bytes + pipeline.slots.extra_bytes(adapters) + pipeline.merger.extra_bytes(staged.acceleration)
+        )
+        if not pipeline.slots.takes(adapters) or bytes_ > self._device.budget:
+            return "merged"
+        return self.costs.choose(lane, groups)
+
+    def _once(
+        self, staged: Staged, recipes: Sequence[Recipe], on_step: OnStep, way: Way
+    ) -> list[Picture | None] | None:
+        """Render these at once. None when memory ran out; everything it held is let go by then."""
+        entry, pipeline, lane = staged.entry, staged.entry.loaded, recipes[0].lane
+        self._prepare(staged, recipes[0], way)
+        vae = pipeline.vaes[recipes[0].vae] if recipes[0].vae else pipeline.vae
+        try:
+            told = self._texts(staged, recipes, way)
+            chosen = (
+                pipeline.slots.choose([staged.styles[one.adapter_set] for one in recipes]) if way == "slots" else None
+            )
+            started = time.perf_counter()
+            entry.renders += 1
+            pictures = render(pipeline, vae, recipes, told, on_step, self._device, chosen)
+        except Exception as error:  # noqa: BLE001  # sorted in there: only out of memory passes
+            self._raise_unless_memory(error)
+        else:
+            if all(picture is not None for picture in pictures):
+                self.costs.rendered(lane, way, len(recipes), time.perf_counter() - started)
+            return pictures
+        # Out of the except block, where the traceback no longer holds the tensors.
+        self._device.free()
+        return None
+
+    @torch.inference_mode()
+    def _texts(self, staged: Staged, recipes: Sequence[Recipe], way: Way) -> list[Text]:
+        """What each image is told. With slots the text encoders take one set after the other, which costs little: every
+        prompt is encoded alone anyway, and once."""
+        pipeline, spread = staged.entry.loaded, self._device.spread
+        if way == "merged":
+            return texts(pipeline, recipes, pipeline.merger.text_uses, spread)
+        told: dict[int, Text] = {}
+        groups: dict[str, list[int]] = {}
+        for place, recipe in enumerate(recipes):
+            groups.setdefault(recipe.adapter_set, []).append(place)
+        for adapter_set, places in groups.items():
+            some = [recipes[place] for place in places]
+            uses = [(one.text_part, weight) for one, weight in staged.styles[adapter_set] if one.changes_text]
+            key = text_key([*staged.acceleration, *uses])
+            if not all_known(pipeline, some, key):
+                pipeline.merger.apply([*staged.acceleration, *uses])
+            told.update(zip(places, texts(pipeline, some, key, spread), strict=True))
+        return [told[place] for place in range(len(recipes))]
+
+    def _prepare(self, staged: Staged, recipe: Recipe, way: Way) -> None:
+        """Everything on the device, merged or in slots. Out of memory once: drop what is idle and try again."""
+        entry, slots = staged.entry, staged.entry.loaded.slots
         for again in (True, False):
             try:
                 self._residents.admit(entry)
                 if staged.vae is not None and recipe.vae is not None:
                     entry.loaded.vaes.setdefault(recipe.vae, staged.vae.to(self._device.place))
-                self._residents.reserve(entry, entry.loaded.merger.extra_bytes(staged.uses))
-                entry.loaded.merger.apply(staged.uses)
+                self._merge(staged, recipe, way)
             except Exception as error:  # noqa: BLE001  # sorted in there: only out of memory passes
                 self._raise_unless_memory(error)
             else:
                 break
+            slots.clear()
             self._device.free()
             if not (again and self._residents.evict_idle(entry)):
                 raise OutOfMemory("the device has no room for this checkpoint with its adapters")
         entry.bytes = entry.loaded.bytes
-        entry.acceleration, entry.adapter_set = recipe.acceleration, recipe.adapter_set
+        entry.acceleration = recipe.acceleration
+        entry.adapter_set = recipe.adapter_set if way == "merged" else ""
         self._lanes[recipe.lane] = (recipe.checkpoint, recipe.acceleration)
         self._lanes.move_to_end(recipe.lane)
         while len(self._lanes) > LANES_REMEMBERED:
             self._lanes.popitem(last=False)
 
-    def _in_parts(self, entry: Entry, recipes: Sequence[Recipe], on_step: OnStep) -> list[Picture | None]:
-        """Render as many at once as fit this lane; fewer after each time memory ran out."""
-        lane, steps = recipes[0].lane, recipes[0].steps
-        size = min(len(recipes), self.limit(lane))
-        pictures: list[Picture | None] = []
-        dropped: set[int] = set()
-        before = 0
-        while len(pictures) < len(recipes):
-            start = len(pictures)
-            part = recipes[start : start + size]
-            parts_to_go = [range(at, min(at + size, len(recipes))) for at in range(start, len(recipes), size)]
-            live = sum(not dropped.issuperset(indices) for indices in parts_to_go)
-            if dropped.issuperset(parts_to_go[0]):
-                pictures += [None] * len(part)
-                continue
-            total = before + live * steps
+    def _merge(self, staged: Staged, recipe: Recipe, way: Way) -> None:
+        """The weights as this recipe's lane wants them; its adapter set merged, or every set of `staged` in slots."""
+        pipeline = staged.entry.loaded
+        uses = [*staged.acceleration, *(staged.styles[recipe.adapter_set] if way == "merged" else ())]
+        adapters = [] if way == "merged" else list(distinct(list(staged.styles.values())))
+        extra = pipeline.merger.extra_bytes(uses) + (pipeline.slots.extra_bytes(adapters) if adapters else 0)
+        if way == "merged" and pipeline.bytes + extra > self._device.budget:
+            pipeline.slots.clear()
+        self._residents.reserve(staged.entry, extra)
+        started = time.perf_counter()
+        if pipeline.merger.apply(uses) and way == "merged":
+            self._device.finish()
+            self.costs.swapped(recipe.lane, time.perf_counter() - started)
+        if way == "merged":
+            pipeline.slots.rest()
+        else:
+            pipeline.slots.put(adapters)
+            pipeline.slots.engage()
 
-            def heard(
-                done: int, _: int, start: int = start, before: int = before, total: int = total
-            ) -> Collection[int]:
-                dropped.update(on_step(before + done, total))
-                return [index - start for index in dropped]
-
-            try:
-                pictures += self._once(entry, part, heard)
-                before += steps
-            except Exception as error:  # noqa: BLE001  # sorted in there: only out of memory passes
-                self._raise_unless_memory(error)
-            if len(pictures) > start:
-                continue
-            # Out of the except block, where the traceback no longer holds the tensors.
-            self._device.free()
-            if size > 1:
-                size = (size + 1) // 2
-                self._limits[lane] = size
-                log.warning("micro-batch halved", lane=lane, size=size)
-            elif not self._residents.evict_idle(entry):
-                raise OutOfMemory(f"one image of {recipes[0].width}x{recipes[0].height} does not fit the device")
-        return pictures
-
-    def _once(self, entry: Entry, recipes: Sequence[Recipe], on_step: OnStep) -> list[Picture | None]:
-        pipeline = entry.loaded
-        entry.renders += 1
-        chosen = recipes[0].vae
-        return render(
-            pipeline, pipeline.vaes[chosen] if chosen else pipeline.vae, recipes, on_step, self._device,
-            pipeline.merger.text_uses,
-        )  # fmt: skip
+    def _shrink(self, entry: Entry, recipe: Recipe, images: int) -> None:
+        """So many images at once were too many for this lane."""
+        if images > 1:
+            self._limits[recipe.lane] = (images + 1) // 2
+            log.warning("micro-batch halved", lane=recipe.lane, size=self._limits[recipe.lane])
+        elif not self._residents.evict_idle(entry):
+            raise OutOfMemory(f"one image of {recipe.width}x{recipe.height} does not fit the device")
 
     @staticmethod
     def _raise_unless_memory(error: Exception) -> None:
@@ -243,30 +312,3 @@ class Engine:
         if not is_out_of_memory(error):
             text = (str(error).strip().splitlines() or [""])[0]
             raise RenderFailed(f"{type(error).__name__}: {text}"[:500], fatal=is_fatal(error)) from error
-
-    def _load(self, checkpoint: str) -> Pipeline:
-        folder = self._fetch(checkpoint)
-        pipeline = load(folder, checkpoint, self._device.dtype_of(folder), self._device.vae_dtype)
-        self._tune(pipeline.vae)
-        log.info(
-            "checkpoint loaded", checkpoint=checkpoint, seconds=round(pipeline.load_seconds, 3), bytes=pipeline.bytes
-        )
-        return pipeline
-
-    def _load_vae(self, vae: str, pipeline: Pipeline) -> Any:
-        return self._tune(load_vae(self._fetch(vae), pipeline.family, pipeline.unet.dtype, self._device.vae_dtype))
-
-    def _tune(self, vae: Any) -> Any:
-        if self._device.on_cpu:
-            merge_upsampling(vae)
-        return vae
-
-    def _adapter(self, adapter: str, pipeline: Pipeline) -> Adapter:
-        """An adapter parsed for pipelines of this structure."""
-        key = (adapter, pipeline.structure)
-        found = self._adapters.get(key)
-        if found is None:
-            shapes = pipeline.merger.shapes
-            found = read_adapter(self._fetch(adapter), adapter, shapes, aliases(shapes))
-            self._adapters.put(key, found, found.bytes)
-        return found

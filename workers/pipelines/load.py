@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from threading import Lock
 from typing import Any, Literal, NamedTuple
@@ -18,8 +20,10 @@ from torch import Tensor, nn
 
 from farm.errors import InvalidModel
 from farm.safefile import read_header
+from workers.pipelines.factors import UNET
 from workers.pipelines.merge import Merger
 from workers.pipelines.prompts import PromptCache
+from workers.pipelines.slots import Slots
 from workers.pipelines.targets import target_modules
 
 if constants.DIFFUSERS_DISABLE_REMOTE_CODE is not True:
@@ -76,6 +80,7 @@ class Pipeline:
     load_seconds: float
     vaes: dict[str, Any] = field(default_factory=dict)
     merger: Merger = field(init=False)
+    slots: Slots = field(init=False)
     structure: str = field(init=False)
     prompts: PromptCache = field(default_factory=PromptCache)
 
@@ -83,7 +88,9 @@ class Pipeline:
         parts = {"unet": self.unet}
         for name, encoder in zip(("text_encoder", "text_encoder_2"), self.encoders, strict=False):
             parts[name] = encoder.model
-        self.merger = Merger(target_modules(parts))
+        targets = target_modules(parts)
+        self.merger = Merger(targets)
+        self.slots = Slots({name: module for name, module in targets.items() if name.startswith(UNET)})
         self.structure = hashlib.sha256(repr(sorted(self.merger.shapes.items())).encode()).hexdigest()
 
     def modules(self) -> Iterator[nn.Module]:
@@ -100,10 +107,27 @@ class Pipeline:
         self.merger.move(device)
         self.prompts.clear()
 
+    def park(self) -> None:
+        """To host memory, as the checkpoint has it; pinned where there is a GPU, so that it comes back faster."""
+        self.merger.clear()
+        self.slots.clear()
+        self.move(torch.device("cpu"))
+        if torch.cuda.is_available():
+            for module in self.modules():
+                for tensor in _tensors(module):
+                    tensor.data = tensor.data.pin_memory()
+
     @property
     def bytes(self) -> int:
-        """Bytes of all weights, buffers and pristine copies, each storage counted once."""
-        return measured(tensor for module in self.modules() for tensor in _tensors(module)) + self.merger.bytes
+        """Bytes of all weights, buffers, pristine copies and slots, each storage counted once."""
+        others = sum(measured(_tensors(vae)) for vae in self.vaes.values())
+        return self._own_bytes + others + self.merger.bytes + self.slots.bytes
+
+    @cached_property
+    def _own_bytes(self) -> int:
+        """Measured once, before there are slots: thousands of tensors are too many to look at each micro-batch."""
+        own = [self.unet, self.vae, *(encoder.model for encoder in self.encoders)]
+        return measured(tensor for module in own for tensor in _tensors(module)) - self.slots.bytes
 
 
 def measured(tensors: Iterable[Tensor]) -> int:
@@ -149,9 +173,20 @@ def check_weights(folder: Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def estimate(folder: Path) -> int:
-    """Bytes the weights of a checkpoint (or of a single VAE) take on disk: what loading it will need at most."""
-    return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+def estimate(folder: Path, dtype: torch.dtype, vae_dtype: torch.dtype) -> int:
+    """Bytes the weights of a checkpoint will take in memory, from the headers of its files alone. Raises InvalidModel.
+
+    The VAE is counted in the wider number type, as it may need that.
+    """
+    half = _variant(folder) is not None
+    total = 0
+    for part in WITH_WEIGHTS:
+        wide = max(dtype.itemsize, vae_dtype.itemsize) if part == "vae" else dtype.itemsize
+        files = list((folder / part).glob("*.safetensors"))
+        # Files of the other precision are not read, unless a part has no others.
+        for file in [one for one in files if (".fp16" in one.name) == half] or files:
+            total += sum(math.prod(one.shape) * wide for one in read_header(file).tensors.values())
+    return total
 
 
 def load(folder: Path, checkpoint: str, dtype: torch.dtype, vae_dtype: torch.dtype) -> Pipeline:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Hashable
 from threading import Lock
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
@@ -41,7 +41,36 @@ class Lru(Generic[K, V]):
                 _, (_, dropped) = self._kept.popitem(last=False)
                 self.bytes -= dropped
 
+    def pop(self, key: K) -> V | None:
+        """Let go of one thing and answer it."""
+        with self._lock:
+            found = self._kept.pop(key, None)
+            if found is None:
+                return None
+            self.bytes -= found[1]
+            return found[0]
+
+    def make_room(self, size: int) -> None:
+        """Let go of what was used longest ago until `size` more bytes are within the limit, or nothing is left."""
+        with self._lock:
+            while self._kept and self.bytes + size > self.limit:
+                _, (_, dropped) = self._kept.popitem(last=False)
+                self.bytes -= dropped
+
+    def items(self) -> list[tuple[K, int]]:
+        """Everything kept with its bytes, least recently used first."""
+        with self._lock:
+            return [(key, size) for key, (_, size) in self._kept.items()]
+
     def clear(self) -> None:
         with self._lock:
             self._kept.clear()
             self.bytes = 0
+
+
+class Shelf(Lru[tuple[str, ...], Any]):
+    """Host memory for what is not on the device: keys begin with `adapter` or `checkpoint`, one budget for both."""
+
+    def sizes(self, kind: str) -> dict[tuple[str, ...], int]:
+        """Bytes of everything kept of one kind, least recently used first."""
+        return {key: size for key, size in self.items() if key[0] == kind}

@@ -11,10 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from workers.pipelines.adapters import Adapter, Factors
-
-Use = tuple[Adapter, float]
-"""An adapter at a weight."""
+from workers.pipelines.factors import Factors, Use
 
 Contribution = tuple[str, float]
 """What one adapter adds to one weight: its hash and its weight. Equal lists of these give equal weights."""
@@ -60,7 +57,7 @@ class Merger:
         Order does not matter: contributions are added in order of hash and weight. Only weights whose contributions
         changed are written. On any error every weight is pristine again before the error leaves.
         """
-        ordered = sorted((use for use in uses if use[1]), key=lambda use: (use[0].hash, use[1]))
+        ordered = _ordered(uses)
         wanted: dict[str, list[Use]] = {}
         for adapter, weight in ordered:
             for name in adapter.factors:
@@ -80,7 +77,7 @@ class Merger:
             self.clear()
             raise
         self.uses = tuple((adapter.hash, weight) for adapter, weight in ordered)
-        self.text_uses = tuple((adapter.hash, weight) for adapter, weight in ordered if adapter.changes_text)
+        self.text_uses = text_key(ordered)
         return written
 
     @torch.no_grad()
@@ -110,10 +107,18 @@ class Merger:
             self._pristine[name] = live.detach().clone(memory_format=torch.preserve_format)
         # Added up in float32 and rounded once, whatever the live number type.
         total = self._pristine[name].float().reshape(live.shape[0], -1)
-        if total.data_ptr() == self._pristine[name].data_ptr():
-            total = total.clone()
-        for factors, weight in parts:
+        for place, (factors, weight) in enumerate(parts):
             up = factors.up.to(live.device, torch.float32).reshape(live.shape[0], -1)
             down = factors.down.to(live.device, torch.float32).reshape(factors.rank, -1)
-            total.addmm_(up, down, alpha=weight * factors.scale)
+            # The first sum is a new tensor, because float32 weights are not copied before.
+            total = torch.addmm(total, up, down, alpha=weight * factors.scale, out=total if place else None)
         live.copy_(total.view(live.shape))
+
+
+def text_key(uses: Sequence[Use]) -> tuple[Contribution, ...]:
+    """The part of a set that changes text encoders, in the order it is added up."""
+    return tuple((adapter.hash, weight) for adapter, weight in _ordered(uses) if adapter.changes_text)
+
+
+def _ordered(uses: Sequence[Use]) -> list[Use]:
+    return sorted((use for use in uses if use[1]), key=lambda use: (use[0].hash, use[1]))

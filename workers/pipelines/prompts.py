@@ -13,6 +13,7 @@ from workers.pipelines.lru import Lru
 from workers.pipelines.spread import Spread
 
 if TYPE_CHECKING:
+    from farm.recipe import Recipe
     from workers.pipelines.load import Pipeline
 
 PROMPT_BYTES = 128 * 1024**2
@@ -28,6 +29,13 @@ class Embedding(NamedTuple):
     @property
     def nbytes(self) -> int:
         return self.tokens.nbytes + (0 if self.pooled is None else self.pooled.nbytes)
+
+
+class Text(NamedTuple):
+    """What one image is told: its prompt, and its negative prompt where guidance asks for one."""
+
+    asked: Embedding
+    refused: Embedding | None
 
 
 class PromptCache:
@@ -48,6 +56,33 @@ class PromptCache:
     @property
     def bytes(self) -> int:
         return self._kept.bytes
+
+
+def is_guided(pipeline: Pipeline, recipe: Recipe) -> bool:
+    """Whether the UNet is run twice, without the prompt and with it.
+
+    UNets distilled with the guidance as an input (full LCM models) are told it instead.
+    """
+    return recipe.guidance_scale > 1 and pipeline.unet.config.time_cond_proj_dim is None
+
+
+def all_known(pipeline: Pipeline, recipes: Sequence[Recipe], text_adapters: Hashable) -> bool:
+    """Whether every prompt of these was encoded before, with these adapters in the text encoders."""
+    wanted = {text for one in recipes for text in _prompts(pipeline, one)}
+    return all(pipeline.prompts.get((text_adapters, text)) is not None for text in wanted)
+
+
+def texts(pipeline: Pipeline, recipes: Sequence[Recipe], text_adapters: Hashable, spread: Spread) -> list[Text]:
+    """What each image is told, encoded with the text encoders as they are now (inside the device lock)."""
+    asked = embed(pipeline, [recipe.prompt for recipe in recipes], text_adapters, spread)
+    if not any(is_guided(pipeline, recipe) for recipe in recipes):
+        return [Text(one, None) for one in asked]
+    refused = negatives(pipeline, [recipe.negative_prompt for recipe in recipes], text_adapters, spread)
+    return [Text(*both) for both in zip(asked, refused, strict=True)]
+
+
+def _prompts(pipeline: Pipeline, recipe: Recipe) -> tuple[str, ...]:
+    return (recipe.prompt, recipe.negative_prompt) if is_guided(pipeline, recipe) else (recipe.prompt,)
 
 
 def embed(pipeline: Pipeline, prompts: Sequence[str], text_adapters: Hashable, spread: Spread) -> list[Embedding]:

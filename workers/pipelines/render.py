@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,11 +12,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from farm.errors import InvalidRequest, RenderFailed
-from farm.recipe import Recipe
-from workers.pipelines.device import Device
-from workers.pipelines.load import Pipeline
-from workers.pipelines.prompts import embed, negatives
+from workers.pipelines.prompts import Text, is_guided
 from workers.pipelines.sampling import Noise, denoise, sampler
+from workers.pipelines.slots import Chosen
+
+if TYPE_CHECKING:
+    # Types only: the benchmark of this module runs where there is nothing but torch and diffusers.
+    from farm.recipe import Recipe
+    from workers.pipelines.device import Device
+    from workers.pipelines.load import Pipeline
 
 Picture = NDArray[np.uint8]
 """Height x width x 3, 0..255."""
@@ -27,13 +31,20 @@ OnStep = Callable[[int, int], Collection[int]]
 
 @torch.inference_mode()
 def render(
-    pipeline: Pipeline, vae: Any, recipes: Sequence[Recipe], on_step: OnStep, device: Device, text_adapters: object
+    pipeline: Pipeline,
+    vae: Any,
+    recipes: Sequence[Recipe],
+    told: Sequence[Text],
+    on_step: OnStep,
+    device: Device,
+    chosen: Chosen | None = None,
 ) -> list[Picture | None]:
-    """Render recipes that share a lane and an adapter set, with the weights as they are now.
+    """Render recipes that share a lane, with the weights as they are now.
 
-    Answers one picture for each recipe, None for the dropped ones: their rows are computed to the end, because a shape
-    that changes costs more than it saves, but not decoded. Raises InvalidRequest for what this pipeline cannot do and
-    RenderFailed when a picture is not a number.
+    `told` holds each one's encoded prompts, `chosen` each one's slots where the UNet has its slots engaged. Answers one
+    picture for each recipe, None for the dropped ones: their rows are computed to the end, because a shape that changes
+    costs more than it saves, but not decoded. Raises InvalidRequest for what this pipeline cannot do and RenderFailed
+    when a picture is not a number.
     """
     first = recipes[0]
     factor = vae_factor(vae)
@@ -48,7 +59,7 @@ def render(
         return len(dropped.intersection(range(len(recipes)))) < len(recipes)
 
     noise = Noise([recipe.seed for recipe in recipes], shape, device.place)
-    latents = denoise(sampling, _predictor(pipeline, recipes, text_adapters, device), noise, after_step)
+    latents = denoise(sampling, _predictor(pipeline, first, told, chosen, device), noise, after_step)
     kept = [index for index in range(len(recipes)) if index not in dropped]
     pictures: list[Picture | None] = [None] * len(recipes)
     if latents is None or not kept:
@@ -67,18 +78,15 @@ def vae_factor(vae: Any) -> int:
 
 
 def _predictor(
-    pipeline: Pipeline, recipes: Sequence[Recipe], text_adapters: object, device: Device
+    pipeline: Pipeline, first: Recipe, told: Sequence[Text], chosen: Chosen | None, device: Device
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """The UNet with everything but latents and timestep filled in; guidance only where it is above 1."""
-    first, unet = recipes[0], pipeline.unet
-    embedded = embed(pipeline, [recipe.prompt for recipe in recipes], text_adapters, device.spread)
-    # UNets distilled with the guidance as an input (full LCM models) are told it instead of being run twice.
-    told = unet.config.time_cond_proj_dim
-    guided = first.guidance_scale > 1 and told is None
-    rows = embedded
+    unet, slots = pipeline.unet, pipeline.slots
+    guided = is_guided(pipeline, first)
+    rows = [one.asked for one in told]
     if guided:
-        refused = [recipe.negative_prompt for recipe in recipes]
-        rows = negatives(pipeline, refused, text_adapters, device.spread) + embedded
+        rows = [one.refused for one in told if one.refused is not None] + rows
+        chosen = None if chosen is None else chosen.twice()
     tokens = torch.cat([row.tokens for row in rows])
     options: dict[str, Any] = {}
     if pipeline.family == "sdxl":
@@ -87,16 +95,22 @@ def _predictor(
             "text_embeds": torch.cat([row.pooled for row in rows if row.pooled is not None]),
             "time_ids": torch.tensor([sizes], dtype=unet.dtype).repeat(len(rows), 1).to(tokens.device),
         }
-    if told is not None:
+    if (width := unet.config.time_cond_proj_dim) is not None:
         scale = torch.full((len(rows),), first.guidance_scale - 1)
-        options["timestep_cond"] = guidance_embedding(scale, told).to(tokens.device, unet.dtype)
+        options["timestep_cond"] = guidance_embedding(scale, width).to(tokens.device, unet.dtype)
+
+    # diffusers' own `dtype` walks over every module each time.
+    dtype = next(unet.parameters()).dtype
 
     def predict(latents: Tensor, time: Tensor) -> Tensor:
         seen = torch.cat([latents, latents]) if guided else latents
-        seen = seen.to(unet.dtype).contiguous(memory_format=torch.channels_last)
+        seen = seen.to(dtype).contiguous(memory_format=torch.channels_last)
 
         def rows_of(part: slice) -> Tensor:
             some = {name: _rows(value, part) for name, value in options.items()}
+            if chosen is not None:
+                # In the thread that computes these rows.
+                slots.rows.are(chosen.of(part))
             made: Tensor = unet(seen[part], time, encoder_hidden_states=tokens[part], return_dict=False, **some)[0]
             return made
 
@@ -131,7 +145,7 @@ def decode(vae: Any, latents: Tensor, device: Device) -> list[Picture]:
     latents = unscaled(vae, latents)
     factor = vae_factor(vae)
     pixels = latents.shape[-1] * latents.shape[-2] * factor**2
-    ready = latents.to(vae.dtype).contiguous(memory_format=torch.channels_last)
+    ready = latents.to(next(vae.parameters()).dtype).contiguous(memory_format=torch.channels_last)
     share = -(-len(ready) // len(device.spread.parts(len(ready))))
     chunks = torch.split(ready, max(1, min(device.decode_pixels // pixels, share)))
 
