@@ -91,9 +91,11 @@ class Settings(BaseSettings):
     mix_adapters: bool = True
     """Whether one micro-batch may hold different style adapters; where that was measured to be slower, none does."""
     device_budget_bytes: Positive | None = None
-    """Bytes of weights kept on the device; unset means 80 % of a GPU's memory, or 4 GiB on a CPU."""
+    """Bytes of weights kept on the device; unset means 80 % of a GPU's memory, or 4 GiB on a CPU, at most half of the
+    memory there is."""
     host_budget_bytes: Positive | None = None
-    """Bytes of host memory for parsed adapters and cold checkpoints; unset means a quarter of the machine's memory."""
+    """Bytes of host memory for parsed adapters and cold checkpoints; unset means a quarter of the machine's memory, or
+    of its container's."""
     threads: Annotated[int, Field(ge=0)] = 0
     """Threads torch uses on a CPU; 0 leaves torch's own choice."""
     max_model_bytes: Positive = 64 * 1024**3

@@ -226,6 +226,17 @@ def test_a_worker_with_slots_takes_several_adapter_sets_of_one_lane(queue: Queue
     assert queue.claim(warm=Warm(mixes=True)) is None
 
 
+@pytest.mark.parametrize("mixes", [False, True])
+def test_segments_that_were_just_emptied_hide_nothing(queue: Queue, mixes: bool) -> None:
+    """A claim that took all of a segment exactly does not know that; the next one finds the segment behind it."""
+    for _ in range(3):
+        queue.submit(8)
+    sizes = []
+    while claimed := queue.claim(warm=Warm(mixes=mixes)):
+        sizes.append(len(claimed.jobs))
+    assert sizes == [8, 8, 8]
+
+
 def test_a_lane_that_is_cheaper_apart_is_claimed_one_set_at_a_time(queue: Queue) -> None:
     queue.submit(styled(2))
     first = queue.claim()

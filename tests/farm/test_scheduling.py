@@ -17,7 +17,7 @@ from sqlalchemy import text
 
 from farm import jobs, keys, scheduling
 from farm.queries import claiming, maintaining
-from farm.scheduling import Candidate, Policy, Warm, rank
+from farm.scheduling import SEGMENTS_TRIED, SETS_TRIED, Candidate, Policy, Warm, few, rank
 from farm.states import Outcome
 from farm.submission import SETS_APART
 from tests.farm.conftest import Queue
@@ -114,6 +114,27 @@ def test_workers_differ_in_what_they_take_first_among_equals() -> None:
     sets = [candidate(adapter_set=f"s{n}") for n in range(20)]
     firsts = {rank(sets, WARM, POLICY, NOW, worker=UUID(int=n << 64), chance=1.0)[0].adapter_set for n in range(200)}
     assert len(firsts) == 20
+
+
+def test_a_worker_that_mixes_is_warm_for_every_set_of_its_lanes() -> None:
+    mixing = replace(WARM, lanes={"lane": ""}, mixes=True)
+    assert [mixing.of("lane", "here", one) for one in ("", "other", None)] == [0, 0, 0]
+    assert mixing.of("more", "here", "other") == 1
+    apart = replace(mixing, apart=frozenset({"lane"}))
+    assert [apart.of("lane", "here", one) for one in ("", "other", None)] == [0, 1, 0], "as a worker that merges"
+    old, young = candidate(adapter_set="other", **waiting(20)), candidate(adapter_set="")
+    assert order(young, old, warm=mixing) == [old, young]
+    assert order(old, young, warm=apart) == [young, old]
+
+
+def test_a_claim_tries_a_few_segments_of_a_few_sets() -> None:
+    same = [candidate() for _ in range(5)]
+    sets = [candidate(adapter_set=f"s{n}") for n in range(20)]
+    assert list(few([*same, *sets], WARM)) == [*same[:SEGMENTS_TRIED], *sets[: SETS_TRIED - 1]]
+    mixing = replace(WARM, mixes=True)
+    lanes = [candidate(lane=f"l{n}") for n in range(20)]
+    found = list(few([*same, *sets, *lanes], mixing))
+    assert found == [*same[:SEGMENTS_TRIED], *lanes[: SETS_TRIED - 1]], "its lane's sets are all the same to it"
 
 
 candidates = st.builds(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -124,3 +125,18 @@ def recipe(number: int = 0, **changes: object) -> Recipe:
 def go_on(_step: int, _steps: int) -> tuple[int, ...]:
     """An `on_step` that drops nothing."""
     return ()
+
+
+def with_room_for(unet: Any, rows: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Make the UNet run out of memory above this many rows; answers the sizes it was asked for."""
+    asked: list[int] = []
+    forward = unet.forward
+
+    def limited(latents: torch.Tensor, *args: Any, **options: Any) -> Any:
+        asked.append(len(latents))
+        if len(latents) > rows:
+            raise torch.OutOfMemoryError("no room")
+        return forward(latents, *args, **options)
+
+    monkeypatch.setattr(unet, "forward", limited)
+    return asked

@@ -230,6 +230,30 @@ def test_adapters_and_cold_checkpoints_share_the_host_budget() -> None:
     assert list(gpu.shelf.sizes("adapter")) == [("adapter", "y", "")], "room was made before the next was read"
 
 
+def test_what_is_larger_than_the_host_budget_does_not_wait() -> None:
+    gpu = Gpu(host=9)
+    for name in "abc":
+        gpu.use(name)
+    assert (gpu.waiting, gpu.shelf.bytes) == ([], 0)
+    gpu.use("a")
+    assert gpu.loads == ["a", "b", "c", "a"]
+
+
+def test_one_that_is_given_up_while_it_leaves_waits_too() -> None:
+    """Staged by another thread, so it is only moved; let go of before that is done."""
+    gpu = Gpu(host=20)
+    staged, used = gpu.hold("a"), gpu.hold("b")
+    gpu.residents.admit(staged)
+    gpu.residents.admit(used)
+    leaving: Any = staged.pipeline
+    leaving.parking = lambda: gpu.residents.release(staged)
+    gpu.use("c")
+    assert gpu.waiting == ["a"]
+    assert sorted(gpu.resident) == ["b", "c"]
+    gpu.use("a")
+    assert gpu.loads == ["a", "b", "c"]
+
+
 def test_what_can_never_fit_is_refused_before_it_is_read() -> None:
     gpu = Gpu(host=20)
     with pytest.raises(OutOfMemory, match="needs about 21 bytes, the device budget is 20"):

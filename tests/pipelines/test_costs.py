@@ -45,8 +45,32 @@ def test_noise_only_adds() -> None:
 
 def test_the_loser_is_measured_again_now_and_then() -> None:
     costs = measured(slots=1.0, merged=2.0)
-    chosen = [costs.choose(LANE, [1] * 8) for _ in range(2 * LOOK_AGAIN)]
-    assert chosen.count("merged") == 2
+    chosen = []
+    for _ in range(2 * LOOK_AGAIN // 8):
+        chosen.append(costs.choose(LANE, [1] * 8))
+        if chosen[-1] == "slots":
+            costs.rendered(LANE, "slots", 8, 8.0)
+        for _ in range(8 if chosen[-1] == "merged" else 0):
+            costs.rendered(LANE, "merged", 1, 2.0)
+    assert chosen.count("merged") == 1
+    assert chosen.index("merged") == LOOK_AGAIN // 8
+
+
+def test_slots_are_measured_again_where_sets_come_one_at_a_time() -> None:
+    """There no micro-batch has two sets, so nobody would ask which way is cheaper: such lanes come mixed again."""
+    costs = measured(slots=2.0, merged=1.0)
+    for _ in range(LOOK_AGAIN // 8):
+        assert costs.apart(8) == {LANE}
+        costs.rendered(LANE, "merged", 8, 8.0)
+    assert costs.apart(8) == frozenset()
+    assert costs.choose(LANE, [1] * 8) == "slots"
+    costs.rendered(LANE, "slots", 8, 16.0)
+    assert costs.apart(8) == {LANE}, "still dearer"
+    for _ in range(LOOK_AGAIN // 8):
+        costs.rendered(LANE, "merged", 8, 8.0)
+    for _ in range(2):
+        costs.rendered(LANE, "slots", 8, 4.0)
+    assert costs.apart(8) == frozenset(), "cheaper now"
 
 
 def test_lanes_to_be_claimed_one_set_at_a_time() -> None:

@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,10 @@ import torch
 
 from farm.errors import InvalidModel, InvalidRequest, OutOfMemory, RenderFailed
 from farm.recipe import Recipe
+from workers.pipelines import device
 from workers.pipelines.engine import Engine
 
-from .conftest import Fetch, farm_settings, go_on, recipe
+from .conftest import Fetch, farm_settings, go_on, recipe, with_room_for
 
 FAST = {"hash": "fast", "weight": 1.0}
 
@@ -27,21 +29,6 @@ def unet_of(engine: Engine) -> Any:
     render(engine, [recipe(steps=1)])
     (entry,) = engine._residents.resident()
     return entry.loaded.unet
-
-
-def with_room_for(unet: Any, rows: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Make the UNet run out of memory above this many rows; answers the sizes it was asked for."""
-    asked: list[int] = []
-    forward = unet.forward
-
-    def limited(latents: torch.Tensor, *args: Any, **options: Any) -> Any:
-        asked.append(len(latents))
-        if len(latents) > rows:
-            raise torch.OutOfMemoryError("no room")
-        return forward(latents, *args, **options)
-
-    monkeypatch.setattr(unet, "forward", limited)
-    return asked
 
 
 def test_on_step_counts_and_drops(engine: Engine) -> None:
@@ -93,6 +80,21 @@ def test_a_micro_batch_that_does_not_fit_is_halved(engine: Engine, monkeypatch: 
     render(engine, recipes)
     assert max(asked) == fits, "the size is remembered for the lane"
     assert engine.limit("another lane") == 8
+
+
+@pytest.mark.parametrize("rows", [4, 2])
+def test_a_mixed_micro_batch_is_halved_likewise(engine: Engine, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """Eight images, eight weights of a style: 4 + 4 and 2 + 2 + 2 + 2, with slots, and the same pictures."""
+    styles = [[{"hash": "style", "weight": n / 4 - 1}] for n in range(8)]
+    recipes = [recipe(n, acceleration=FAST, adapters=style) for n, style in enumerate(styles)]
+    whole = render(engine, recipes)
+    (entry,) = engine._residents.resident()
+    asked = with_room_for(entry.loaded.unet, rows, monkeypatch)
+    halved = render(engine, recipes)
+    assert sorted(set(asked), reverse=True) == ([8, 4] if rows == 4 else [8, 4, 2])
+    assert asked.count(rows) == recipes[0].steps * 8 // rows
+    assert entry.loaded.slots.resident == ("style",)
+    assert all(np.abs(a.astype(int) - b).max() <= 1 for a, b in zip(halved, whole, strict=True))
 
 
 def test_one_image_that_does_not_fit(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,6 +268,21 @@ def test_the_canary_sings_the_same_song(engine: Engine, fetch: Fetch) -> None:
     assert engine.canary() == song
     assert Engine(farm_settings(), fetch).canary("sd") == song
     assert engine.canary("sdxl") != song
+
+
+def test_a_container_has_less_memory_than_its_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Budgets taken from the machine's memory would have the container killed."""
+    limit, unset = tmp_path / "memory.max", tmp_path / "memory.limit_in_bytes"
+    monkeypatch.setattr(device, "CGROUP_LIMITS", (limit, unset))
+    whole = psutil.virtual_memory().total
+    assert device.machine_memory() == whole
+    limit.write_text("max\n")
+    assert device.machine_memory() == whole
+    limit.write_text(f"{2**30}\n")
+    assert device.machine_memory() == 2**30
+    assert device.host_budget() == 2**28
+    assert device.choose(farm_settings()).budget == 2**29
+    assert device.choose(farm_settings(device_budget_bytes=2**32)).budget == 2**32, "what was asked for stays"
 
 
 def test_device_and_number_type(fetch: Fetch) -> None:

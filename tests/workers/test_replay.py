@@ -37,6 +37,9 @@ def test_the_same_picture_is_no_level_apart(executor: Executor, farm: Queue, sto
     original = rendered(farm, executor)
     replay = farm.do(jobs.replay_job, farm.project, original.id)
     assert (replay.state, replay.replay.of, replay.replay.levels) == (JobState.QUEUED, original.id, None)
+    kept = farm.do(lambda conn: conn.execute(text("SELECT lane, checkpoint, adapter_set FROM segments")).all())
+    assert len(kept) == 2
+    assert len(set(kept)) == 1, "found by claims as the original was"
     assert replay.labels == {"replay_of": str(original.id)}, "none of the original's, which exports go by"
     assert executor.work_once()
     done = farm.do(jobs.get_job, farm.project, replay.id)

@@ -184,7 +184,10 @@ class Residents:
             if excess > 0 and self._waits and other.on_device:
                 with other.loading:
                     other.loaded.park()
-                    other.on_device = False
+                    with self._lock:
+                        other.on_device = False
+                        # Its micro-batch may have been given up meanwhile.
+                        self._put_away(other)
                 excess -= other.bytes
 
     @staticmethod
@@ -207,9 +210,10 @@ class Residents:
         return True
 
     def _put_away(self, entry: Entry) -> None:
+        """Under the lock: what nobody uses and is not on the device waits on the shelf, unless it is larger."""
         if entry.users <= 0 and not entry.on_device and self._entries.get(entry.checkpoint) is entry:
             del self._entries[entry.checkpoint]
-            if self._waits and entry.pipeline is not None:
+            if self._waits and entry.pipeline is not None and entry.pipeline.bytes <= self._shelf.limit:
                 self._shelf.put(("checkpoint", entry.checkpoint), entry.pipeline, entry.pipeline.bytes)
 
     def _found(self, checkpoint: str, load: Callable[[], Pipeline]) -> Pipeline:

@@ -17,8 +17,8 @@ KEPT = 8
 """Measurements kept of each way; the least counts, because noise only ever adds."""
 LEAST = 3
 """Measurements of slots before a lane is claimed one set at a time: after that few of them come."""
-LOOK_AGAIN = 64
-"""Every so many decisions the way that lost is measured once more: devices and neighbours change."""
+LOOK_AGAIN = 512
+"""After so many images the cheaper way, the other one is measured once more: devices and neighbours change."""
 
 
 @dataclass
@@ -37,11 +37,12 @@ class _Seen:
 
 @dataclass
 class _Lane:
-    """What one lane costs: by way and number of images, and by swap."""
+    """What one lane costs: by way and number of images, and by swap. `since` counts images rendered since each way was
+    measured last."""
 
     seen: dict[tuple[Way, int], _Seen] = field(default_factory=dict)
     swap: _Seen = field(default_factory=lambda: _Seen(skipped=WARM_UP))
-    decisions: int = 0
+    since: dict[Way, int] = field(default_factory=lambda: {"merged": 0, "slots": 0})
 
     def each(self, way: Way, images: int, least: int = 1) -> float | None:
         """Seconds an image takes in a micro-batch of so many: as measured, or of the nearest size that was."""
@@ -63,9 +64,17 @@ class Costs:
         self._lanes: OrderedDict[str, _Lane] = OrderedDict()
 
     def rendered(self, lane: str, way: Way, images: int, seconds: float) -> None:
-        """So many images were rendered at once in so many seconds, swaps not counted."""
+        """So many images were rendered at once in so many seconds.
+
+        With slots that counts filling them and merging the sets' parts for the text encoders; merged, it counts no
+        swap.
+        """
         with self._lock:
-            self._of(lane).seen.setdefault((way, images), _Seen()).add(seconds / images)
+            known = self._of(lane)
+            known.seen.setdefault((way, images), _Seen()).add(seconds / images)
+            for other in known.since:
+                known.since[other] += images
+            known.since[way] = 0
 
     def swapped(self, lane: str, seconds: float) -> None:
         """A set of adapters was merged in so many seconds."""
@@ -79,21 +88,23 @@ class Costs:
         """
         with self._lock:
             known = self._of(lane)
-            known.decisions += 1
             slots, merged = _estimates(known, groups)
-            decisions = known.decisions
+            since = dict(known.since)
         if slots is None or merged is None:
             return "slots" if slots is None else "merged"
-        cheaper: Way = "slots" if slots <= merged else "merged"
-        if decisions % LOOK_AGAIN:
-            return cheaper
-        return "merged" if cheaper == "slots" else "slots"
+        ways: tuple[Way, Way] = ("slots", "merged") if slots <= merged else ("merged", "slots")
+        cheaper, other = ways
+        return other if since[other] >= LOOK_AGAIN else cheaper
 
     def apart(self, limit: int) -> frozenset[str]:
         """Lanes where even a full micro-batch of as many sets as images is cheaper one set after the other: claims
-        had better take one set at a time there."""
+        had better take one set at a time there, until slots are due to be measured again."""
         with self._lock:
-            estimated = {lane: _estimates(known, [1] * limit, LEAST) for lane, known in self._lanes.items()}
+            estimated = {
+                lane: _estimates(known, [1] * limit, LEAST)
+                for lane, known in self._lanes.items()
+                if known.since["slots"] < LOOK_AGAIN
+            }
         return frozenset(
             lane
             for lane, (slots, merged) in estimated.items()

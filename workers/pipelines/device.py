@@ -16,6 +16,9 @@ from workers.pipelines.spread import Spread
 CPU_BUDGET = 4 * 1024**3
 GPU_SHARE = 0.8
 HOST_SHARE = 0.25
+CPU_SHARE = 0.5
+CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+"""Where a container reads how much memory it may take, cgroups 2 and 1."""
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -93,12 +96,18 @@ def choose(settings: Settings) -> Device:
 def _budget(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory * GPU_SHARE)
-    return CPU_BUDGET
+    return min(CPU_BUDGET, int(machine_memory() * CPU_SHARE))
 
 
 def host_budget() -> int:
     """Bytes of host memory for parsed adapters and cold checkpoints, where no setting says how many."""
-    return int(psutil.virtual_memory().total * HOST_SHARE)
+    return int(machine_memory() * HOST_SHARE)
+
+
+def machine_memory() -> int:
+    """Bytes of memory this process may take: the machine's, or its container's where that has fewer."""
+    told = [int(text) for file in CGROUP_LIMITS if file.exists() and (text := file.read_text().strip()).isdigit()]
+    return min(psutil.virtual_memory().total, *told)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

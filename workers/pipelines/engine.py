@@ -212,21 +212,21 @@ class Engine:
     ) -> list[Picture | None] | None:
         """Render these at once. None when memory ran out; everything it held is let go by then."""
         entry, pipeline, lane = staged.entry, staged.entry.loaded, recipes[0].lane
-        self._prepare(staged, recipes[0], way)
+        filling = self._prepare(staged, recipes[0], way)
         vae = pipeline.vaes[recipes[0].vae] if recipes[0].vae else pipeline.vae
+        started = time.perf_counter()
         try:
             told = self._texts(staged, recipes, way)
             chosen = (
                 pipeline.slots.choose([staged.styles[one.adapter_set] for one in recipes]) if way == "slots" else None
             )
-            started = time.perf_counter()
             entry.renders += 1
             pictures = render(pipeline, vae, recipes, told, on_step, self._device, chosen)
         except Exception as error:  # noqa: BLE001  # sorted in there: only out of memory passes
             self._raise_unless_memory(error)
         else:
             if all(picture is not None for picture in pictures):
-                self.costs.rendered(lane, way, len(recipes), time.perf_counter() - started)
+                self.costs.rendered(lane, way, len(recipes), filling + time.perf_counter() - started)
             return pictures
         # Out of the except block, where the traceback no longer holds the tensors.
         self._device.free()
@@ -252,15 +252,19 @@ class Engine:
             told.update(zip(places, texts(pipeline, some, key, spread), strict=True))
         return [told[place] for place in range(len(recipes))]
 
-    def _prepare(self, staged: Staged, recipe: Recipe, way: Way) -> None:
-        """Everything on the device, merged or in slots. Out of memory once: drop what is idle and try again."""
+    def _prepare(self, staged: Staged, recipe: Recipe, way: Way) -> float:
+        """Everything on the device, merged or in slots; answers the seconds that filling slots took.
+
+        Out of memory once: drop what is idle and try again.
+        """
+        filling = 0.0
         entry, slots = staged.entry, staged.entry.loaded.slots
         for again in (True, False):
             try:
                 self._residents.admit(entry)
                 if staged.vae is not None and recipe.vae is not None:
                     entry.loaded.vaes.setdefault(recipe.vae, staged.vae.to(self._device.place))
-                self._merge(staged, recipe, way)
+                filling = self._merge(staged, recipe, way)
             except Exception as error:  # noqa: BLE001  # sorted in there: only out of memory passes
                 self._raise_unless_memory(error)
             else:
@@ -276,9 +280,13 @@ class Engine:
         self._lanes.move_to_end(recipe.lane)
         while len(self._lanes) > LANES_REMEMBERED:
             self._lanes.popitem(last=False)
+        return filling
 
-    def _merge(self, staged: Staged, recipe: Recipe, way: Way) -> None:
-        """The weights as this recipe's lane wants them; its adapter set merged, or every set of `staged` in slots."""
+    def _merge(self, staged: Staged, recipe: Recipe, way: Way) -> float:
+        """The weights as this recipe's lane wants them; its adapter set merged, or every set of `staged` in slots.
+
+        Answers the seconds that filling slots took.
+        """
         pipeline = staged.entry.loaded
         uses = [*staged.acceleration, *(staged.styles[recipe.adapter_set] if way == "merged" else ())]
         adapters = [] if way == "merged" else list(distinct(list(staged.styles.values())))
@@ -292,9 +300,11 @@ class Engine:
             self.costs.swapped(recipe.lane, time.perf_counter() - started)
         if way == "merged":
             pipeline.slots.rest()
-        else:
-            pipeline.slots.put(adapters)
-            pipeline.slots.engage()
+            return 0.0
+        started = time.perf_counter()
+        pipeline.slots.put(adapters)
+        pipeline.slots.engage()
+        return time.perf_counter() - started
 
     def _shrink(self, entry: Entry, recipe: Recipe, images: int) -> None:
         """So many images at once were too many for this lane."""
