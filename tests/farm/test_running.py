@@ -283,8 +283,11 @@ def test_a_mixed_claim_costs_the_same_statements_whatever_the_queue_holds(queue:
 
     queue.submit(styled(20))
     few = statements()
+    assert few <= 15, "at most one for each job, and seven more"
     queue.submit(styled(2000))
-    assert statements() == few
+    for _ in range(100):
+        queue.submit(styled(1))
+    assert max(statements() for _ in range(5)) <= few
 
 
 def test_jobs_of_several_batches_share_a_micro_batch(queue: Queue) -> None:

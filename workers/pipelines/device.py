@@ -107,7 +107,7 @@ def host_budget() -> int:
 def machine_memory() -> int:
     """Bytes of memory this process may take: the machine's, or its container's where that has fewer."""
     told = [int(text) for file in CGROUP_LIMITS if file.exists() and (text := file.read_text().strip()).isdigit()]
-    return min(psutil.virtual_memory().total, *told)
+    return min([psutil.virtual_memory().total, *told])
 
 
 def is_out_of_memory(error: BaseException) -> bool:
