@@ -20,7 +20,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Mapped, mapped_column
 
-from farm.schema import EMPTY_ARRAY, EMPTY_OBJECT, NOW, QUEUED, READY, RUNNING, Base, Xid8
+from farm.schema import BY_PRIORITY, EMPTY_ARRAY, EMPTY_OBJECT, NOW, QUEUED, READY, RUNNING, Base, Xid8
 
 SCHEMA_VERSION = "0005"
 """The Alembic revision this code was written for; a process refuses any other."""
@@ -164,9 +164,8 @@ class Segment(Base):
     over the dead entries of jobs already rendered. NULL means that nothing is queued. Requeueing lowers it, the sweeper
     raises it, both under the row's lock.
 
-    `adapter_set` is NULL where the jobs differ in it.
-
-    `cancelling` and `retrying` ask the sweeper to turn the remaining rows over in pieces.
+    `adapter_set` is NULL where the jobs differ in it. `cancelling` and `retrying` ask the sweeper to turn the remaining
+    rows over in pieces.
     """
 
     __tablename__ = "segments"
@@ -185,17 +184,9 @@ class Segment(Base):
     head_id: Mapped[uuid.UUID | None]
     created_at: Mapped[datetime] = mapped_column(server_default=NOW)
     __table_args__ = (
-        Index("ix_segments_ready", "pool", text("priority DESC"), "head_run_at", "id", postgresql_where=READY),
-        Index("ix_segments_lane", "pool", "lane", text("priority DESC"), "head_run_at", postgresql_where=READY),
-        Index(
-            "ix_segments_set",
-            "pool",
-            "lane",
-            "adapter_set",
-            text("priority DESC"),
-            "head_run_at",
-            postgresql_where=READY,
-        ),
+        Index("ix_segments_ready", "pool", BY_PRIORITY, "head_run_at", "id", postgresql_where=READY),
+        Index("ix_segments_lane", "pool", "lane", BY_PRIORITY, "head_run_at", postgresql_where=READY),
+        Index("ix_segments_set", "pool", "lane", "adapter_set", BY_PRIORITY, "head_run_at", postgresql_where=READY),
         Index("ix_segments_project", "pool", "priority", "project_id", "head_run_at", "id", postgresql_where=READY),
         Index("ix_segments_turning", "id", postgresql_where=text("cancelling OR retrying")),
     )

@@ -15,6 +15,7 @@ EMPTY_OBJECT = text("'{}'::jsonb")
 EMPTY_ARRAY = text("'{}'::text[]")
 QUEUED = text("state = 'queued'")
 RUNNING = text("state = 'running'")
+BY_PRIORITY = text("priority DESC")
 READY = text("head_run_at IS NOT NULL AND NOT paused AND NOT cancelling")
 
 
