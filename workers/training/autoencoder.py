@@ -147,7 +147,8 @@ def refine(
         # Noise has a size only while the latents keep theirs.
         mean = mean.float()
         size = (mean.mean((0, 2, 3)).square() + (mean.std((0, 2, 3)) - 1).square()).mean()
-        return sharp_loss(made.float(), real, mask) + 0.1 * size
+        total: Tensor = sharp_loss(made.float(), real, mask) + 0.1 * size
+        return total
 
     model.train()
     train(step, {"model": model}, plan, checkpoint, averages={"model": average}, say=say)
