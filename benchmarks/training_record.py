@@ -15,6 +15,7 @@ _LINE = re.compile(r"^([a-z]+)\S* (\d+)/(\d+) loss ([\d.]+) ([\d.]+) s/step")
 _SAYS_EVERY = 50
 STAGES = {
     "autoencoder": ("autoencoder_steps", "16 crops of 64x64, then 4 whole pictures", "autoencoder_rate"),
+    "refine": ("refine_steps", "4 whole pictures", "refine_rate"),
     "words": ("words_steps", "64 captions", "words_rate"),
     "base": ("base_steps", "base_batch", "base_rate"),
     "distil": ("distil_steps", "distil_batch", "distil_rate"),

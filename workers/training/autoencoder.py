@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from workers.training.loop import Average, Plan, Say, train
@@ -108,49 +108,53 @@ def fit(
     train(step, {"model": model}, plan, checkpoint, averages={"model": average}, say=say)
     model.load_state_dict(average.values)
     model.eval()
-    sample, _ = crops(pool, np.random.default_rng((plan.seed, 5)), min(256, len(pool.pixels)), whole)
-    with torch.no_grad():
-        latents = torch.cat([model.encode(part).latent_dist.mean for part in torch.split(sample, 16)])
-    whiten(model, latents)
+    whiten(model, _sample_latents(model, pool, plan.seed))
     return model
+
+
+@torch.no_grad()
+def _sample_latents(model: AutoencoderKL, pool: Pool, seed: int) -> Tensor:
+    """Latents (n, c, h, w) of up to 256 whole pictures of the pool."""
+    sample, _ = crops(pool, np.random.default_rng((seed, 5)), min(256, len(pool.pixels)), pool.pixels.shape[1])
+    return torch.cat([model.encode(part).latent_dist.mean for part in torch.split(sample, 16)])
 
 
 def refine(
     model: AutoencoderKL,
-    latents: NDArray[np.float16],
     pool: Pool,
     plan: Plan,
     checkpoint: Path,
     *,
     batch: int = 4,
-    blur: float = 0.05,
+    blur: float = 0.1,
     bf16: bool = True,
     say: Say = print,
 ) -> None:
-    """Train the decoder on, in place, from latents (n, c, h, w) that stay as they are.
+    """Train a whitened autoencoder on, in place, until it keeps what is a pixel wide; it is whitened again.
 
-    A hairline is a pixel wide and its place in the latents is not certain to the pixel, so a decoder
-    that weighs all pixels alike leaves it out. `blur` is the noise added to latents: those of a
-    diffusion model are not as exact as the encoder's.
+    A hairline covers a hundredth of a picture, so an autoencoder that weighs all pixels alike leaves it out. `blur` is
+    the noise added to latents, whose deviation is 1: those of a diffusion model are not as exact as the encoder's.
     """
     torch.manual_seed(plan.seed)
-    decoder = nn.ModuleDict({"post": model.post_quant_conv, "decoder": model.decoder})
-    average = Average(decoder)
+    average = Average(model)
+    whole = pool.pixels.shape[1]
 
     def step(_: int, rng: np.random.Generator) -> Tensor:
-        chosen = np.sort(rng.integers(0, len(latents), batch))
-        both = to_tensor(pool.pixels[chosen])
-        real, mask = both[:, :3], (both[:, 3:] + 1.0) / 2.0
-        given = torch.from_numpy(latents[chosen].astype(np.float32))
-        given = given + blur * torch.randn_like(given)
+        real, mask = crops(pool, rng, batch, whole)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            made = model.decode(given).sample
-        return sharp_loss(made.float(), real, mask)
+            mean = model.encode(real).latent_dist.mean
+            made = model.decode(mean + blur * torch.randn_like(mean)).sample
+        # Noise has a size only while the latents keep theirs.
+        mean = mean.float()
+        size = (mean.mean((0, 2, 3)).square() + (mean.std((0, 2, 3)) - 1).square()).mean()
+        total: Tensor = sharp_loss(made.float(), real, mask) + 0.1 * size
+        return total
 
-    decoder.train()
-    train(step, {"decoder": decoder}, plan, checkpoint, averages={"decoder": average}, say=say)
-    decoder.load_state_dict(average.values)
-    decoder.eval()
+    model.train()
+    train(step, {"model": model}, plan, checkpoint, averages={"model": average}, say=say)
+    model.load_state_dict(average.values)
+    model.eval()
+    whiten(model, _sample_latents(model, pool, plan.seed))
 
 
 def sharp_loss(made: Tensor, real: Tensor, mask: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
     python -m workers.training.crack_tiny --work DIR --out FOLDER [--quick]
 
-Stages: autoencoder -> decoder -> words -> base -> distil -> export. Each writes checkpoints to the working folder and
+Stages: autoencoder -> refine -> words -> base -> distil -> export. Each writes checkpoints to the working folder and
 continues there after a kill; the same command again goes on where it stopped.
 """
 
@@ -32,7 +32,7 @@ from workers.training.export import export_lora, export_pipeline, export_profile
 from workers.training.loop import Plan
 from workers.training.pool import Pool, open_pool
 
-STAGES = ("autoencoder", "decoder", "words", "base", "distil", "export")
+STAGES = ("autoencoder", "refine", "words", "base", "distil", "export")
 SIDE = 128
 
 
@@ -44,11 +44,11 @@ class Settings:
     pool: int = 20_000
     autoencoder_steps: int = 6_500
     autoencoder_rate: float = 1e-3
-    decoder_steps: int = 1_600
-    decoder_rate: float = 5e-4
-    words_steps: int = 1_000
+    refine_steps: int = 4_000
+    refine_rate: float = 5e-4
+    words_steps: int = 3_000
     words_rate: float = 1e-3
-    base_steps: int = 14_000
+    base_steps: int = 20_000
     base_rate: float = 7e-4
     base_batch: int = 16
     crack_importance: float = 5.0
@@ -59,9 +59,7 @@ class Settings:
 
 
 # Shows in ten minutes on two cores that the recipe is real; the pictures stay rough.
-QUICK = Settings(
-    pool=1_500, autoencoder_steps=500, decoder_steps=200, words_steps=200, base_steps=500, distil_steps=100
-)
+QUICK = Settings(pool=1_500, autoencoder_steps=500, refine_steps=200, words_steps=200, base_steps=500, distil_steps=100)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +69,7 @@ class Recipe:
     work: Path
     settings: Settings
     minutes: float = math.inf
+    compiled: bool = False
     say: Callable[[str], None] = print
 
     def plan(self, steps: int, rate: float, stage: int) -> Plan:
@@ -90,8 +89,15 @@ class Recipe:
         path = self.work / "autoencoder.pt"
         return autoencoder.fit(self.pool(), plan, path, bf16=self.settings.bf16, say=self.say)
 
+    def refine(self) -> AutoencoderKL:
+        """The autoencoder that also keeps what is a pixel wide."""
+        model = self.autoencoder()
+        plan = self.plan(self.settings.refine_steps, self.settings.refine_rate, 5)
+        autoencoder.refine(model, self.pool(), plan, self.work / "refine.pt", bf16=self.settings.bf16, say=self.say)
+        return model
+
     def latents(self) -> np.ndarray[tuple[int, ...], np.dtype[np.float16]]:
-        return diffusion.encode_pool(self.autoencoder(), self.pool(), self.work / "latents.npy")
+        return diffusion.encode_pool(self.refine(), self.pool(), self.work / "latents.npy")
 
     def words(self) -> CLIPTextModel:
         """A text encoder that knows what captions are about."""
@@ -103,29 +109,24 @@ class Recipe:
         diffusion.learn_words(text, MEANINGS, tokenizer, plan=plan, checkpoint=path, bf16=bf16, say=self.say)
         return text
 
-    def decoder(self) -> AutoencoderKL:
-        """The autoencoder with a decoder that also draws what is a pixel wide."""
-        model = self.autoencoder()
-        plan = self.plan(self.settings.decoder_steps, self.settings.decoder_rate, 5)
-        path, bf16 = self.work / "decoder.pt", self.settings.bf16
-        autoencoder.refine(model, self.latents(), self.pool(), plan, path, bf16=bf16, say=self.say)
-        return model
-
     def base(self) -> tuple[UNet2DConditionModel, CLIPTextModel]:
         plan = self.plan(self.settings.base_steps, self.settings.base_rate, 1)
-        return diffusion.fit(
+        text = self.words()
+        unet = diffusion.fit(
             self.latents(),
             self.pool().captions,
             self.tokenizer(),
+            text,
             size=diffusion.Size(),
             plan=plan,
             checkpoint=self.work / "base.pt",
             batch=self.settings.base_batch,
             bf16=self.settings.bf16,
-            text=self.words(),
             importance=self.pool().importance(diffusion.Size().grid, self.settings.crack_importance),
+            compiled=self.compiled,
             say=self.say,
         )
+        return unet, text
 
     def distil(self) -> tuple[UNet2DConditionModel, CLIPTextModel]:
         """Base model with a trained adapter on its UNet."""
@@ -160,7 +161,7 @@ class Recipe:
         unet.unload_lora()
         export_pipeline(
             out,
-            vae=self.decoder(),
+            vae=self.refine(),
             text=text,
             tokenizer=self.tokenizer(),
             unet=unet,
@@ -220,13 +221,14 @@ def main(arguments: list[str] | None = None) -> int:
     for name, value in asdict(default).items():
         if name != "bf16":
             parser.add_argument(f"--{name.replace('_', '-')}", type=type(value))
+    parser.add_argument("--compile", action="store_true", help="compile the base's UNet: needs a C++ compiler")
     parser.add_argument("--float32", action="store_true", help="no bfloat16 autocast")
     given = vars(parser.parse_args(arguments))
     start = asdict(QUICK if given["quick"] else default)
     chosen = {k: given[k] for k in start if given.get(k) is not None}
     torch.set_num_threads(given["threads"])
     settings = Settings(**{**start, **chosen, "bf16": not given["float32"]})
-    recipe = Recipe(given["work"], settings, given["minutes"], partial(print, flush=True))
+    recipe = Recipe(given["work"], settings, given["minutes"], given["compile"], partial(print, flush=True))
     try:
         if given["stage"] == "export":
             recipe.export(given["out"] or given["work"] / "crack-tiny")

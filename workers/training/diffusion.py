@@ -73,7 +73,9 @@ def scheduler() -> DDIMScheduler:
 def build_unet(size: Size) -> UNet2DConditionModel:
     """An untrained UNet of three resolutions with cross attention at the middle one and the core.
 
-    Attention over all 256 places of the finest grid would take half of the time of a step on a CPU.
+    Attention over all 256 places of the finest grid would take half of the time of a step on a CPU. What the words
+    say of the whole picture, such as the direction of a crack, reaches every block beside the timestep instead:
+    `addition_embed_type="text"` pools the text states.
     """
     unet = UNet2DConditionModel(
         sample_size=size.grid,
@@ -86,6 +88,8 @@ def build_unet(size: Size) -> UNet2DConditionModel:
         cross_attention_dim=size.text_width,
         attention_head_dim=size.heads,
         norm_num_groups=16,
+        addition_embed_type="text",
+        addition_embed_type_num_heads=size.heads,
     )
     # Plain matrix products: the backward pass of torch's fused attention is slow on CPUs.
     unet.set_attn_processor(AttnProcessor())
@@ -163,7 +167,9 @@ def denoising_loss(
     """How badly a UNet takes new noise out of `clean` (n, c, h, w), told the words `states` (n, 77, width).
 
     `alphas` (1000,) is the schedule's cumulative product, `kind` what the UNet predicts: v_prediction or epsilon.
-    `importance` (n, 1, h, w) says how much each place counts; without it all count alike.
+    `importance` (n, 1, h, w) says how much each place counts; without it all count alike. It counts by how little
+    noise there is (alpha squared): where a crack is still to be placed, places that count more would be drawn
+    more often than they are true, and every wall got a net of cracks.
     """
     noise = torch.randn_like(clean)
     # One timestep from each slice of the range: the loss jumps less from step to step.
@@ -184,7 +190,7 @@ def denoising_loss(
     else:
         raise TrainingError(f"prediction_type {kind!r} cannot be trained; epsilon and v_prediction can")
     weight = (certainty.clamp(max=5.0) / certainty).view(-1)
-    error = off.square() if importance is None else off.square() * importance
+    error = off.square() if importance is None else off.square() * (1 + (importance - 1) * alpha.square())
     total: Tensor = (error.mean((1, 2, 3)) * weight).mean()
     return total
 
@@ -225,6 +231,7 @@ def fit(
     latents: NDArray[np.float16],
     words: Words,
     tokenizer: CLIPTokenizer,
+    text: CLIPTextModel,
     *,
     size: Size,
     plan: Plan,
@@ -232,35 +239,36 @@ def fit(
     batch: int = 32,
     drop: float = 0.1,
     bf16: bool = True,
-    text: CLIPTextModel | None = None,
     importance: NDArray[np.float16] | None = None,
+    compiled: bool = False,
     say: Say = print,
-) -> tuple[UNet2DConditionModel, CLIPTextModel]:
-    """Train text encoder and UNet together; returns their averaged weights.
+) -> UNet2DConditionModel:
+    """Train a UNet on what `text` makes of captions; returns its averaged weights.
 
-    `drop` is the share of captions replaced by nothing, which makes guidance possible. `text` is an
-    encoder to go on from; without it training begins with random weights. `importance` (n, h, w) says
-    how much each place of each picture counts.
+    The text encoder stays as it is. Trained along, it forgot what it had learned: after 8,500 steps the direction of
+    a crack could be read from its states in 49 % of captions, before in 85 %. `drop` is the share of captions replaced
+    by nothing, which makes guidance possible. `importance` (n, h, w) says how much each place of each picture counts.
+    `compiled` needs a C++ compiler and takes a fifth off a step on CPUs.
     """
     torch.manual_seed(plan.seed)
     random.seed(plan.seed)
     unet = build_unet(size).to(memory_format=torch.channels_last)
-    text = text or build_text(size, tokenizer)
-    text.train()
+    text.eval()
     alphas = scheduler().alphas_cumprod
-    averages = {"unet": Average(unet), "text": Average(text)}
+    averages = {"unet": Average(unet)}
+    if compiled:
+        unet.compile()
 
     def step(_: int, rng: np.random.Generator) -> Tensor:
         clean, texts, chosen = batch_of(latents, words, batch, rng)
         texts = ["" if rng.random() < drop else t for t in texts]
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with torch.no_grad():
             states = text(token_ids(tokenizer, texts)).last_hidden_state
         counts = None if importance is None else torch.from_numpy(importance[chosen].astype(np.float32)).unsqueeze(1)
         return denoising_loss(unet, clean, states, alphas, importance=counts, bf16=bf16)
 
-    modules: dict[str, nn.Module] = {"unet": unet, "text": text}
-    train(step, modules, plan, checkpoint, averages=averages, say=say)
-    for name, module in modules.items():
-        module.load_state_dict(averages[name].values)
-        module.eval()
-    return unet, text
+    unet.train()
+    train(step, {"unet": unet}, plan, checkpoint, averages=averages, say=say)
+    unet.load_state_dict(averages["unet"].values)
+    unet.eval()
+    return unet
