@@ -20,8 +20,10 @@ def faults():
     thread.start()
     thread.join()
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-for _ in range(10): faults()
-print(faults())
+for _ in range(5):
+    faults()
+# The least of several: a thread may begin with an arena that no other has used yet.
+print(min(faults() for _ in range(10)))
 """
 
 
@@ -36,5 +38,4 @@ def test_freed_memory_is_taken_again_without_asking_the_kernel() -> None:
         assert keep_pages() is False
         return
     asked, kept = faults(), faults("keep")
-    # 16 MB are 4,096 pages.
-    assert kept < 4_096 < asked
+    assert kept < 500 < 1_500 < asked, (kept, asked)
