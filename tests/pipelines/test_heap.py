@@ -38,4 +38,5 @@ def test_freed_memory_is_taken_again_without_asking_the_kernel() -> None:
         assert keep_pages() is False
         return
     asked, kept = faults(), faults("keep")
-    assert kept < 500 < 1_500 < asked, (kept, asked)
+    assert kept < 500, (kept, asked)
+    assert asked > 1_500, (kept, asked)
