@@ -11,6 +11,7 @@ import torch
 
 from farm.modelfiles import read_json
 from farm.settings import Settings
+from workers.pipelines.heap import keep_pages
 from workers.pipelines.spread import Spread
 
 CPU_BUDGET = 4 * 1024**3
@@ -87,6 +88,9 @@ def choose(settings: Settings) -> Device:
         raise ValueError(f"FARM_DEVICE={settings.device}: must be auto, cpu, cuda:N or mps")
     if settings.threads and device.type == "cpu":
         torch.set_num_threads(settings.threads)
+    if device.type == "cpu":
+        # Before the threads of the spread have heaps of their own.
+        keep_pages()
     spread = Spread(torch.get_num_threads() if device.type == "cpu" else 1)
     dtype = settings.dtype if settings.dtype != "auto" else ("float32" if device.type == "cpu" else "float16")
     budget = settings.device_budget_bytes or _budget(device)
