@@ -256,8 +256,8 @@ def fit(
     text.eval()
     alphas = scheduler().alphas_cumprod
     averages = {"unet": Average(unet)}
-    if compiled:
-        unet.compile()
+    # A wrapper, which leaves the UNet itself as it is: an adapter put on it later would compile it again and again.
+    run = torch.compile(unet) if compiled else unet
 
     def step(_: int, rng: np.random.Generator) -> Tensor:
         clean, texts, chosen = batch_of(latents, words, batch, rng)
@@ -265,7 +265,7 @@ def fit(
         with torch.no_grad():
             states = text(token_ids(tokenizer, texts)).last_hidden_state
         counts = None if importance is None else torch.from_numpy(importance[chosen].astype(np.float32)).unsqueeze(1)
-        return denoising_loss(unet, clean, states, alphas, importance=counts, bf16=bf16)
+        return denoising_loss(run, clean, states, alphas, importance=counts, bf16=bf16)
 
     unet.train()
     train(step, {"unet": unet}, plan, checkpoint, averages=averages, say=say)
