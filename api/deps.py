@@ -179,5 +179,6 @@ class Needs:
 
 
 ReaderDep = Annotated[Caller, Depends(Needs("jobs:read"))]
-WriterDep = Annotated[Caller, Depends(Needs("jobs:write"))]
+SubmitterDep = Annotated[Caller, Depends(Needs("jobs:submit"))]
+ManagerDep = Annotated[Caller, Depends(Needs("jobs:manage"))]
 AdminDep = Annotated[Caller, Depends(Needs("admin"))]

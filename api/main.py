@@ -29,6 +29,7 @@ from api.routes import (
     registrations,
     vaes,
     version,
+    webhooks,
     workers,
 )
 from farm import doorbell, logs
@@ -52,6 +53,7 @@ NOUNS = (
     workers,
     queue,
     keys,
+    webhooks,
     health,
     version,
 )

@@ -25,6 +25,8 @@ OPEN = frozenset({f"{API}/health/live", f"{API}/health/ready"})
 NDJSON = frozenset({"application/x-ndjson", "application/ndjson", "application/jsonl"})
 SMALL_BODY_BYTES = 1024 * 1024
 """Every body but a batch's: one job, one key. A hundred times what a sensible one takes."""
+BODIED = frozenset({"POST", "PATCH"})
+"""The only methods with bodies that are read."""
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 log = get_logger(__name__)
@@ -113,8 +115,8 @@ class BodyLimit:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # Only POST has bodies that are read; what other requests wait for is that the client leaves.
-        if scope["type"] != "http" or scope["method"] != "POST":
+        # What requests without a body wait for is that the client leaves.
+        if scope["type"] != "http" or scope["method"] not in BODIED:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)

@@ -11,7 +11,17 @@ from api import parameters
 from api.errors import MEDIA_TYPE
 from api.examples import NDJSON
 from api.middleware import OPEN
-from api.schemas import AdapterBody, BatchBody, CheckpointBody, KeyBody, PriorityBody, ProblemDocument, VaeBody
+from api.schemas import (
+    AdapterBody,
+    BatchBody,
+    CheckpointBody,
+    KeyBody,
+    PriorityBody,
+    ProblemDocument,
+    VaeBody,
+    WebhookBody,
+    WebhookChange,
+)
 from farm.submission import JobSpec
 
 DESCRIPTION = """\
@@ -28,6 +38,8 @@ DOCUMENTED: tuple[type[BaseModel], ...] = (
     PriorityBody,
     ProblemDocument,
     VaeBody,
+    WebhookBody,
+    WebhookChange,
 )
 """Models that no route's signature names."""
 

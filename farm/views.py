@@ -225,6 +225,39 @@ class KeyView(View):
     key: str | None = Field(default=None, description="Shown once, when the key is made.")
 
 
+class WebhookView(View):
+    """Whom a project wants told of what. `secret` is set in the answers that make it or a new one; until
+    `previous_until` messages are signed with the secret before as well."""
+
+    id: UUID
+    url: str
+    events: list[str]
+    failed_share: float
+    enabled: bool
+    disabled_reason: str | None = None
+    created_at: datetime
+    previous_until: datetime | None = None
+    secret: str | None = Field(default=None, description="Shown once, when it is made.")
+
+
+class DeliveryView(View):
+    """One message to a webhook. `message_id` is its `webhook-id`, the same at every try; `last_status` the HTTP status
+    of the last answer, `last_error` why that try did not count; `next_at` when the next is due."""
+
+    id: UUID
+    message_id: str
+    webhook_id: UUID
+    event: str
+    state: Literal["waiting", "delivered", "failed"]
+    attempts: int
+    next_at: datetime | None = None
+    last_status: int | None = None
+    last_error: str | None = None
+    created_at: datetime
+    delivered_at: datetime | None = None
+    body: dict[str, Any]
+
+
 class ImageLink(View):
     """Where a picture can be fetched without a key until `expires_at`."""
 

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
 from api.bodies import JsonBytes, parse
-from api.deps import ConnDep, FarmDep, NoticesDep, ReaderDep, WriterDep
+from api.deps import ConnDep, FarmDep, ManagerDep, NoticesDep, ReaderDep, SubmitterDep
 from api.examples import FULL_JOB, JOB, JOBS_WITH_COUNT
 from api.openapi import body as documented
 from api.schemas import JobListing, Rehearsal
@@ -32,7 +32,7 @@ EXAMPLES = {"shortest": JOB, "everything": FULL_JOB, "four seeds": JOBS_WITH_COU
 )
 def create_job(
     request: Request,
-    caller: WriterDep,
+    caller: SubmitterDep,
     body: JsonBytes,
     farm: FarmDep,
     notices: NoticesDep,
@@ -85,20 +85,20 @@ def get_job(job_id: UUID, caller: ReaderDep, conn: ConnDep) -> JobView:
 
 
 @router.delete("/{job_id}", status_code=204)
-def delete_job(job_id: UUID, caller: WriterDep, farm: FarmDep, conn: ConnDep) -> None:
+def delete_job(job_id: UUID, caller: ManagerDep, farm: FarmDep, conn: ConnDep) -> None:
     """Remove a job and its image. A running job is refused: cancel it first."""
     jobs.delete_job(conn, caller.project_id, job_id, keep=farm.settings.keep_deleted)
 
 
 @router.post("/{job_id}/cancel")
-def cancel_job(job_id: UUID, caller: WriterDep, notices: NoticesDep, conn: ConnDep) -> JobView:
+def cancel_job(job_id: UUID, caller: ManagerDep, notices: NoticesDep, conn: ConnDep) -> JobView:
     """Cancel a job: a queued one at once, a running one at its next denoising step. Twice changes nothing."""
     notices.cancel = True
     return jobs.cancel_job(conn, caller.project_id, job_id)
 
 
 @router.post("/{job_id}/retry")
-def retry_job(job_id: UUID, caller: WriterDep, notices: NoticesDep, conn: ConnDep) -> JobView:
+def retry_job(job_id: UUID, caller: ManagerDep, notices: NoticesDep, conn: ConnDep) -> JobView:
     """Put a failed or cancelled job back in the queue."""
     notices.work = True
     return jobs.retry_job(conn, caller.project_id, job_id)

@@ -9,7 +9,7 @@ from uuid import UUID
 
 from sqlalchemy import Connection, RowMapping
 
-from farm import scheduling
+from farm import scheduling, telling
 from farm.backoff import backoff
 from farm.objects import attempt_prefix
 from farm.queries import claiming, finishing
@@ -203,6 +203,7 @@ def finish(
     moves = [_move(rows[result.job_id], result, settings, now) for result in held]
     done = finishing.move(conn, moves, now) if moves else set()
     _requeue(conn, rows, moves, done)
+    telling.jobs_moved(conn, moves, done)
     finishing.close_claim(conn, claim_id, now)
     late = [result for result in results if result.job_id not in done]
     if late:
@@ -231,6 +232,7 @@ def rescue(conn: Connection, *, settings: Settings, now: datetime | None = None,
             moves.append(_crashed(job, settings=settings))
     done = finishing.move(conn, moves, now) if moves else set()
     _requeue(conn, rows, moves, done)
+    telling.jobs_moved(conn, moves, done)
     # What a crashed attempt had uploaded already, nobody knows: the sweeper looks below the attempt's own prefix.
     prefixes = [attempt_prefix(rows[m["id"]]["project_id"], m["id"], m["attempt"]) for m in moves if m["id"] in done]
     finishing.doom(conn, [], prefixes, settings.keep_deleted, now)

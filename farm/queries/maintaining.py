@@ -1,6 +1,7 @@
 """The sweeper's statements."""
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from uuid import UUID
 
@@ -32,7 +33,8 @@ _FOLD = text("""
             + p.served * exp(-extract(epoch FROM clock_timestamp() - p.served_at) * ln(2) / 600)
         FROM served WHERE p.id = served.project_id
     )
-    SELECT count(*) FROM gone
+    SELECT count(*) AS deltas, coalesce(array_agg(DISTINCT batch_id)
+        FILTER (WHERE succeeded > 0 OR failed > 0 OR cancelled > 0), '{}') AS ended FROM gone
 """)
 
 _BACKLOG = text("""
@@ -58,10 +60,17 @@ def try_duty(conn: Connection, duty: int) -> bool:
     return held
 
 
-def fold(conn: Connection, limit: int) -> int:
-    """Add up to `limit` deltas to the counters, rates and fair shares; answers how many."""
-    count: int = conn.execute(_FOLD, {"limit": limit}).scalar_one()
-    return count
+@dataclass(frozen=True, slots=True)
+class Folded:
+    """How many deltas were folded, and the batches of which jobs became terminal by them."""
+
+    deltas: int
+    ended: list[UUID]
+
+
+def fold(conn: Connection, limit: int) -> Folded:
+    """Add up to `limit` deltas to the counters, rates and fair shares."""
+    return Folded(**conn.execute(_FOLD, {"limit": limit}).mappings().one())
 
 
 def backlog(conn: Connection) -> Sequence[RowMapping]:
