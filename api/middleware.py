@@ -14,6 +14,7 @@ from api.deps import farm_of
 from api.errors import farm_problem, unexpected_problem
 from farm.errors import FarmError, TooLarge, TooSlow
 from farm.ids import new_id
+from farm.keys import Caller
 from farm.logs import get_logger
 from farm.settings import Settings
 
@@ -86,7 +87,7 @@ class RequestLog:
 
 
 class Authentication:
-    """Refuses requests without a valid key before anything of them is read, whatever path they name."""
+    """Refuses requests without a valid key, and more than their project may send, before anything of them is read."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -98,7 +99,9 @@ class Authentication:
         farm = farm_of(scope)
         try:
             key = key_of(Headers(scope=scope))
-            scope["farm.caller"] = farm.keys.remembered(key) or await farm.waiting(lambda: farm.keys.look_up(key))
+            caller: Caller = farm.keys.remembered(key) or await farm.waiting(lambda: farm.keys.look_up(key))
+            scope["farm.caller"] = caller
+            await farm.requests.admit(caller.project_id, caller.requests_per_second)
         except FarmError as error:
             await farm_problem(scope, error)(scope, receive, send)
             return

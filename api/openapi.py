@@ -16,6 +16,7 @@ from api.schemas import (
     BatchBody,
     CheckpointBody,
     KeyBody,
+    LimitsBody,
     PriorityBody,
     ProblemDocument,
     VaeBody,
@@ -35,6 +36,7 @@ DOCUMENTED: tuple[type[BaseModel], ...] = (
     CheckpointBody,
     JobSpec,
     KeyBody,
+    LimitsBody,
     PriorityBody,
     ProblemDocument,
     VaeBody,
@@ -53,6 +55,7 @@ PROBLEMS = {
     "413": "The body is over the limit",
     "415": "A content type this route does not read",
     "422": "Something in the request is not valid; `problems` says what",
+    "429": "A limit of the project is reached; `limit` says which, `Retry-After` for how long",
     "503": "A server the farm depends on does not answer; try again",
 }
 
@@ -112,7 +115,7 @@ def _document(app: FastAPI) -> dict[str, Any]:
 
 
 def _add_problems(path: str, operation: dict[str, Any]) -> None:
-    statuses = ["401", "403", "503"]
+    statuses = ["401", "403", "429", "503"]
     if "{" in path:
         statuses.append("404")
     if "requestBody" in operation:

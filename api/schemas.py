@@ -92,6 +92,18 @@ class AdapterBody(ModelBody):
     kind: Literal["style", "acceleration"] | None = None
 
 
+Limit = Annotated[int, Field(ge=0, le=2**53 - 1)]
+
+
+class LimitsBody(Body):
+    """Limits of a project to set; null takes one away, what is absent stays."""
+
+    queued_jobs: Limit | None = None
+    running_jobs: Limit | None = None
+    pixel_steps_per_day: Limit | None = None
+    requests_per_second: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+
+
 TellOf = Literal["batch.finished", "batch.failed_share", "job.failed"]
 TellOfs = Annotated[list[TellOf], Field(min_length=1, max_length=3)]
 WebhookUrl = Annotated[str, Field(min_length=1, max_length=2000, examples=["https://example.com/farm"])]

@@ -32,6 +32,7 @@ class Caller:
     project: str
     key_id: UUID
     scopes: frozenset[str]
+    requests_per_second: int | None = None
 
 
 def create_key(
@@ -72,7 +73,7 @@ def authenticate(conn: Connection, key: str) -> Caller:
     if found is None:
         raise Unauthorized
     scopes = frozenset(found["scopes"]).union(*(WIDER.get(scope, ()) for scope in found["scopes"]))
-    return Caller(found["project_id"], found["project"], found["id"], scopes)
+    return Caller(found["project_id"], found["project"], found["id"], scopes, found["requests_per_second"])
 
 
 def list_keys(conn: Connection) -> list[KeyView]:

@@ -19,7 +19,7 @@ from farm.courier import Courier
 from farm.db import Database
 from farm.errors import FarmError
 from farm.jobs.changing import TURNED_AT_ONCE, turn_cancelled, turn_retried
-from farm.queries import changing, claiming, maintaining, registrations, webhooks, workers
+from farm.queries import changing, claiming, limits, maintaining, registrations, webhooks, workers
 from farm.settings import Settings
 from farm.storage import Store
 
@@ -61,6 +61,7 @@ class Sweeper:
             Duty("delete", second, self.delete),
             Duty("objects", second * 5, self.objects),
             Duty("prune", second * 60, self.prune),
+            Duty("recount", second * 60, self.recount),
         )
 
     def run(self, stop: threading.Event, pulse: Callable[[], None] = lambda: None) -> None:
@@ -182,6 +183,15 @@ class Sweeper:
                 workers.prune(conn)
                 registrations.prune(conn)
                 webhooks.prune(conn, self.settings.webhook_keep)
+        return False
+
+    def recount(self) -> bool:
+        """Count the open jobs of projects anew: an older sweeper folds without telling them."""
+        with self.database.transaction() as conn:
+            if maintaining.try_duty(conn, 1) and maintaining.try_duty(conn, 4):
+                wrong = limits.recount(conn)
+                if wrong:
+                    log.warning("open jobs of projects were counted anew", projects=wrong)
         return False
 
     def _hangs(self) -> bool:

@@ -23,7 +23,7 @@ from sqlalchemy.orm import Mapped, mapped_column
 from farm.models_tenants import ApiKey, Project, Webhook, WebhookDelivery
 from farm.schema import EMPTY_ARRAY, EMPTY_OBJECT, NOW, QUEUED, RUNNING, Base, Xid8
 
-SCHEMA_VERSION = "0006"
+SCHEMA_VERSION = "0007"
 """The Alembic revision this code was written for; a process refuses any other."""
 
 TENANTS = (Project, ApiKey, Webhook, WebhookDelivery)

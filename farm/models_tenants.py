@@ -1,17 +1,21 @@
 """The tables of tenants: projects, their keys, and their webhooks. `farm.models` has all tables."""
 
 import uuid
-from datetime import datetime
+from datetime import date, datetime
 from typing import Any
 
-from sqlalchemy import CheckConstraint, ForeignKey, Index, SmallInteger, text
+from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Index, SmallInteger, text
 from sqlalchemy.orm import Mapped, mapped_column
 
 from farm.schema import NOW, Base
 
 
 class Project(Base):
-    """The tenant. `served` counts jobs claimed lately (it halves every ten minutes); fair share reads it."""
+    """The tenant. `served` counts jobs claimed lately (it halves every ten minutes); fair share reads it.
+
+    `queued` and `running` are its open jobs as of the last fold. Limits are NULL where there is none;
+    `spent_pixel_steps` is what was accepted on the day `spent_on` (UTC), counted while there is a limit of it.
+    """
 
     __tablename__ = "projects"
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
@@ -19,6 +23,15 @@ class Project(Base):
     served: Mapped[float] = mapped_column(server_default=text("0"))
     served_at: Mapped[datetime] = mapped_column(server_default=NOW)
     created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+    queued: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    running: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    max_queued_jobs: Mapped[int | None] = mapped_column(BigInteger)
+    max_running_jobs: Mapped[int | None] = mapped_column(BigInteger)
+    max_pixel_steps_per_day: Mapped[int | None] = mapped_column(BigInteger)
+    max_requests_per_second: Mapped[int | None] = mapped_column(BigInteger)
+    spent_on: Mapped[date | None]
+    spent_pixel_steps: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    __table_args__ = (Index("ix_projects_running_limit", "id", postgresql_where=text("max_running_jobs IS NOT NULL")),)
 
 
 class ApiKey(Base):

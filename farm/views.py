@@ -225,6 +225,34 @@ class KeyView(View):
     key: str | None = Field(default=None, description="Shown once, when the key is made.")
 
 
+class LimitsView(View):
+    """What a project may have at most; null where there is no limit. Pixel steps are width x height x steps, summed
+    over the jobs accepted on one day (UTC)."""
+
+    queued_jobs: int | None = None
+    running_jobs: int | None = None
+    pixel_steps_per_day: int | None = None
+    requests_per_second: int | None = None
+
+
+class UseView(View):
+    """What a project has now. Pixel steps are counted while there is a limit of them."""
+
+    queued_jobs: int
+    running_jobs: int
+    pixel_steps_today: int
+
+
+class ProjectView(View):
+    """A tenant with its limits and its use of them."""
+
+    id: UUID
+    name: str
+    limits: LimitsView
+    use: UseView
+    created_at: datetime
+
+
 class WebhookView(View):
     """Whom a project wants told of what. `secret` is set in the answers that make it or a new one; until
     `previous_until` messages are signed with the secret before as well."""

@@ -16,7 +16,7 @@ from api.openapi import upload as documented_upload
 from api.parameters import BatchParameters
 from api.schemas import BatchBody, BatchListing, JobListing, PriorityBody
 from api.submitting import IdempotencyKey, Moment, Once, Submission, answer, store
-from farm import jobs
+from farm import jobs, limits
 from farm.errors import InvalidRequest, Problem, UnsupportedMedia
 from farm.keys import Caller
 from farm.views import BatchView, DryRun, JobView, Page
@@ -69,6 +69,8 @@ def _accept(farm: Farm, caller: Caller, once: Once, submission: Submission, *, d
     with farm.database.transaction() as conn:
         if not dry_run and (before := once.answered(conn, farm)) is not None:
             return before
+        if not dry_run:
+            limits.refuse_full(conn, caller.project_id)
         moment = Moment.of(conn, farm)
     with moment.check(submission, farm) as prepared:
         if dry_run:

@@ -13,7 +13,7 @@ from api.examples import FULL_JOB, JOB, JOBS_WITH_COUNT
 from api.openapi import body as documented
 from api.schemas import JobListing, Rehearsal
 from api.submitting import IdempotencyKey, Moment, Once, Submission, answer, only_job, store
-from farm import jobs
+from farm import jobs, limits
 from farm.errors import InvalidRequest, Problem
 from farm.submission import JobSpec
 from farm.views import BatchView, DryRun, JobView, Page
@@ -47,6 +47,8 @@ def create_job(
     once = Once.of(request, caller.project_id, key, hashlib.sha256(body).digest())
     if not wanted.dry_run and (before := once.answered(conn, farm)) is not None:
         return before
+    if not wanted.dry_run:
+        limits.refuse_full(conn, caller.project_id)
     spec = parse(body)
     labels = spec.get("labels")
     try:

@@ -9,7 +9,7 @@ from uuid import UUID
 
 from sqlalchemy import Connection, RowMapping
 
-from farm import scheduling, telling
+from farm import limits, scheduling, telling
 from farm.backoff import backoff
 from farm.objects import attempt_prefix
 from farm.queries import claiming, finishing
@@ -112,7 +112,8 @@ def claim(
     if claiming.claim_exists(conn, claim_id):
         return _claimed(claim_id, claiming.claimed_before(conn, claim_id), more=True)
     now = now or claiming.database_now(conn)
-    rows = claiming.candidates(conn, pool=pool, lanes=warm.lanes, now=now)
+    full = limits.full_projects(conn)
+    rows = claiming.candidates(conn, pool=pool, lanes=warm.lanes, full=full, now=now)
     by_segment = {row["segment"]: row for row in rows}
     policy = Policy(settings.affinity_bound, deficit=2.0 * limit)
     tried: set[str] = set()
@@ -121,7 +122,8 @@ def claim(
             continue
         tried.add(choice.lane)
         prefer = warm.lanes.get(choice.lane) if now - choice.ready_since <= settings.affinity_bound else None
-        taken, short = _take(conn, by_segment[choice.segment], pool, choice.lane, prefer, limit, now)
+        taken, short = _take(conn, by_segment[choice.segment], pool, choice.lane, prefer, limit, now, full)
+        taken = limits.startable(conn, taken)
         if taken:
             started = claiming.start(conn, claim=claim_id, worker=worker, ids=taken, lease=settings.lease, now=now)
         if short:
@@ -134,7 +136,14 @@ def claim(
 
 
 def _take(
-    conn: Connection, lead: RowMapping, pool: str, lane: str, prefer: str | None, limit: int, now: datetime
+    conn: Connection,
+    lead: RowMapping,
+    pool: str,
+    lane: str,
+    prefer: str | None,
+    limit: int,
+    now: datetime,
+    full: Collection[UUID],
 ) -> tuple[list[UUID], list[UUID]]:
     """Lock jobs for one micro-batch, first from the lead segment. Answers them, and the segments found short."""
     taken: dict[UUID, None] = {}
@@ -157,7 +166,7 @@ def _take(
         taken.update((row["id"], None) for row in more)
     if len(taken) < limit:
         others = claiming.lane_segments(
-            conn, pool=pool, lane=lane, not_these=[lead["segment"]], limit=limit - len(taken), now=now
+            conn, pool=pool, lane=lane, not_these=[lead["segment"]], full=full, limit=limit - len(taken), now=now
         )
         for other in others:
             missing = limit - len(taken)

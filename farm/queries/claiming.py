@@ -10,7 +10,8 @@ from sqlalchemy import Connection, RowMapping, text
 LEVEL_WIDTH = 8
 """Segments looked at for each priority level: the oldest ones."""
 
-_READY = "head_run_at IS NOT NULL AND NOT paused AND NOT cancelling"
+_READY = "head_run_at IS NOT NULL AND NOT paused AND NOT cancelling AND project_id <> ALL(:full)"
+"""`full` are projects that may start nothing now: their segments must not stand in front of others."""
 
 _CANDIDATES = text(f"""
     WITH RECURSIVE levels(priority) AS (
@@ -116,17 +117,28 @@ def database_now(conn: Connection) -> datetime:
     return now
 
 
-def candidates(conn: Connection, *, pool: str, lanes: Collection[str], now: datetime) -> Sequence[RowMapping]:
+def candidates(
+    conn: Connection, *, pool: str, lanes: Collection[str], full: Collection[UUID], now: datetime
+) -> Sequence[RowMapping]:
     """Segments worth a look: the oldest of each priority level, and those of the worker's warm lanes."""
-    parameters = {"pool": pool, "lanes": list(lanes), "now": now, "width": LEVEL_WIDTH}
+    parameters = {"pool": pool, "lanes": list(lanes), "full": list(full), "now": now, "width": LEVEL_WIDTH}
     return conn.execute(_CANDIDATES, parameters).mappings().all()
 
 
 def lane_segments(
-    conn: Connection, *, pool: str, lane: str, not_these: Collection[UUID], limit: int, now: datetime
+    conn: Connection,
+    *,
+    pool: str,
+    lane: str,
+    not_these: Collection[UUID],
+    full: Collection[UUID],
+    limit: int,
+    now: datetime,
 ) -> Sequence[RowMapping]:
     """More segments of a lane, to fill a micro-batch."""
-    parameters = {"pool": pool, "lane": lane, "not_these": list(not_these), "limit": limit, "now": now}
+    parameters = {
+        "pool": pool, "lane": lane, "not_these": list(not_these), "full": list(full), "limit": limit, "now": now,
+    }  # fmt: skip
     return conn.execute(_LANE, parameters).mappings().all()
 
 

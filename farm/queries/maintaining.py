@@ -27,9 +27,11 @@ _FOLD = text("""
         FROM sums WHERE succeeded > 0
         ON CONFLICT (slot, segment_id) DO UPDATE SET succeeded = r.succeeded + excluded.succeeded
     ), served AS (
-        SELECT project_id, sum(running) AS claimed FROM gone WHERE running > 0 GROUP BY 1
+        SELECT project_id, coalesce(sum(running) FILTER (WHERE running > 0), 0) AS claimed,
+               sum(queued) AS queued, sum(running) AS running FROM gone GROUP BY 1
     ), shares AS (
-        UPDATE projects p SET served_at = clock_timestamp(), served = served.claimed
+        UPDATE projects p SET queued = p.queued + served.queued, running = p.running + served.running,
+            served_at = clock_timestamp(), served = served.claimed
             + p.served * exp(-extract(epoch FROM clock_timestamp() - p.served_at) * ln(2) / 600)
         FROM served WHERE p.id = served.project_id
     )

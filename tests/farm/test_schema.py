@@ -106,6 +106,6 @@ def test_claiming_walks_its_indexes(queue: Queue) -> None:
 
 def test_reading_a_lane_does_not_scan_jobs(queue: Queue) -> None:
     queue.submit(100)
-    parameters = {"pool": "default", "now": queue.do(claiming.database_now), "lanes": ["x"], "width": 8}
+    parameters = {"pool": "default", "now": queue.do(claiming.database_now), "lanes": ["x"], "full": [], "width": 8}
     assert "jobs" not in plan(queue, claiming._CANDIDATES, parameters)
     assert queue.do(claiming.claim_exists, uuid.uuid4()) is False

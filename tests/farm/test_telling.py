@@ -126,7 +126,7 @@ def test_nothing_is_told_of_other_projects_or_deleted_batches(queue: Queue) -> N
 
 def test_a_batch_view_is_what_the_message_says(queue: Queue) -> None:
     made = add(queue, "https://receiver.example/", "batch.finished")
-    batch: BatchView = queue.submit(2)
+    batch = queue.submit(2)
     render(queue)
     fold(queue)
     (delivery,) = told(queue, made)
