@@ -14,7 +14,6 @@ from api.deps import farm_of
 from api.errors import farm_problem, unexpected_problem
 from farm.errors import FarmError, TooLarge, TooSlow
 from farm.ids import new_id
-from farm.keys import Caller
 from farm.logs import get_logger
 from farm.settings import Settings
 
@@ -99,7 +98,9 @@ class Authentication:
         farm = farm_of(scope)
         try:
             key = key_of(Headers(scope=scope))
-            caller: Caller = farm.keys.remembered(key) or await farm.waiting(lambda: farm.keys.look_up(key))
+            caller = farm.keys.remembered(key)
+            if caller is None:
+                caller = await farm.waiting(lambda: farm.keys.look_up(key))
             scope["farm.caller"] = caller
             await farm.requests.admit(caller.project_id, caller.requests_per_second)
         except FarmError as error:
