@@ -18,7 +18,7 @@ from redis.asyncio import ConnectionPool
 from farm.errors import LimitReached
 from farm.settings import Settings
 
-PATIENCE_SECONDS = 0.03
+PATIENCE_SECONDS = 0.02
 """How long one request may wait for Redis."""
 ALONE_SECONDS = 1.0
 """How long Redis is not asked after it did not answer."""
