@@ -137,7 +137,7 @@ def test_a_presigned_url_opens_one_object_and_cannot_be_bent(tenants: Tenants) -
     ):
         assert httpx.get(parts._replace(path=bent).geturl()).status_code in {400, 403}, bent
     for method in ("PUT", "DELETE", "POST"):
-        assert httpx.request(method, link).status_code == 403
+        assert httpx.request(method, link).status_code in {403, 405}
     assert httpx.get(link.replace("X-Amz-Expires=3600", "X-Amz-Expires=36000")).status_code == 403
     assert httpx.get(parts._replace(query="").geturl()).status_code == 403
 
