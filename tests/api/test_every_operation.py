@@ -1,13 +1,16 @@
 """Whatever the OpenAPI document allows, and what it does not, no operation answers with a failure of ours."""
 
+from contextlib import suppress
+
 import schemathesis
 from hypothesis import HealthCheck, Phase, given
 from hypothesis import settings as effort
+from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
 
 from tests.api.conftest import Api, operations
 
-EXAMPLES = 4
+EXAMPLES = 3
 """Requests for each operation and each way of making them: as documented, and not so."""
 
 
@@ -34,5 +37,7 @@ def test_no_operation_fails_whatever_it_is_sent(api: Api) -> None:
                 assert answer.status_code != 401
                 answered[case.operation.label] = answered.get(case.operation.label, 0) + 1
 
-            send()
+            # An operation without parameters and body cannot be sent otherwise than documented.
+            with suppress(*([Unsatisfiable] if mode is GenerationMode.NEGATIVE else [])):
+                send()
     assert len(answered) == len(operations(api))

@@ -53,10 +53,12 @@ def numbers(model: Any) -> Iterator[tuple[str, list[str]]]:
 JOB_NUMBERS = [(name, value) for name, values in numbers(JobSpec) for value in values]
 
 
-def refused(answer: Any) -> dict[str, Any]:
+def refused(answer: Any, sent: str = "") -> dict[str, Any]:
+    """The document of a refusal that says what is wrong, and nothing from inside; `sent` may be repeated in it."""
     document = problem_of(answer, 422, "invalid-request")
     assert document["problems"]
-    assert not INSIDE.search(orjson.dumps({**document, "instance": ""}).decode()), document
+    words = [problem["problem"].replace(sent, "") if sent else problem["problem"] for problem in document["problems"]]
+    assert not INSIDE.search(orjson.dumps({**document, "instance": "", "problems": words}).decode()), document
     return document
 
 
@@ -159,7 +161,7 @@ def test_names_in_jobs_and_paths_lead_nowhere(api: Api) -> None:
     before = api.stored()
     for name in STRANGE:
         for field in ({"checkpoint": name}, {"vae": name}, {"adapters": [{"name": name}]}):
-            refused(api.http.post("/jobs", json={"prompt": PROMPT, **field}))
+            refused(api.http.post("/jobs", json={"prompt": PROMPT, **field}), name)
         for method, path in operations(api):
             if "_id" not in path:
                 continue
