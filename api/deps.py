@@ -13,6 +13,7 @@ from sqlalchemy import Connection
 from starlette.types import Scope
 
 from api.auth import Authenticator
+from api.limiting import RequestLimit
 from farm import catalogue, doorbell
 from farm.db import Database
 from farm.errors import Forbidden, InvalidRequest, Problem, Unauthorized
@@ -58,6 +59,7 @@ class Farm:
     closing: anyio.Event = field(default_factory=anyio.Event)
 
     def __post_init__(self) -> None:
+        self.requests = RequestLimit(self.settings)
         self._loop = asyncio.get_running_loop()
         size = self.settings.database_pool_size
         self._waiting = CapacityLimiter(size)
@@ -179,5 +181,6 @@ class Needs:
 
 
 ReaderDep = Annotated[Caller, Depends(Needs("jobs:read"))]
-WriterDep = Annotated[Caller, Depends(Needs("jobs:write"))]
+SubmitterDep = Annotated[Caller, Depends(Needs("jobs:submit"))]
+ManagerDep = Annotated[Caller, Depends(Needs("jobs:manage"))]
 AdminDep = Annotated[Caller, Depends(Needs("admin"))]

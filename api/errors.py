@@ -32,6 +32,7 @@ STATUS: dict[str, int] = {
     "too-slow": 408,
     "conflict": 409,
     "in-flight": 409,
+    "limit-reached": 429,
     "too-large": 413,
     "unsupported-media-type": 415,
     "idempotency-mismatch": 422,
@@ -82,7 +83,9 @@ def problem(  # one document, one call
         "retryable": retryable,
         "request_id": scope.get("farm.request_id", ""),
     }
-    extra = {"Retry-After": str(RETRY_AFTER_SECONDS)} if retryable and status in {409, 503} else {}
+    extra = {}
+    if retryable and status in {409, 429, 503}:
+        extra["Retry-After"] = str((details or {}).get("retry_after", RETRY_AFTER_SECONDS))
     if status == 401:
         extra["WWW-Authenticate"] = "Bearer"
     if status == 408:

@@ -51,4 +51,8 @@ VAE: dict[str, Any] = {"name": "sdxl-vae-fp16-fix", "source": f"hf:madebyollin/s
 ACCELERATION: dict[str, Any] = {"name": "lcm-lora-sdxl", "source": f"hf:latent-consistency/lcm-lora-sdxl@{COMMIT}"}
 STYLE: dict[str, Any] = {"name": "rust", "source": "s3://loras/rust.safetensors", "family": "sdxl"}
 
+LIMITS: dict[str, Any] = {"queued_jobs": 100_000, "requests_per_second": 50, "running_jobs": None}
+
+WEBHOOK: dict[str, Any] = {"url": "https://example.com/farm", "events": ["batch.finished"]}
+
 KEY: dict[str, Any] = {"name": "importer", "project": "default", "scopes": ["jobs:read", "jobs:write"]}

@@ -25,10 +25,12 @@ from api.routes import (
     images,
     jobs,
     keys,
+    projects,
     queue,
     registrations,
     vaes,
     version,
+    webhooks,
     workers,
 )
 from farm import doorbell, logs
@@ -52,6 +54,8 @@ NOUNS = (
     workers,
     queue,
     keys,
+    projects,
+    webhooks,
     health,
     version,
 )
@@ -79,6 +83,7 @@ def create_app(settings: Settings) -> FastAPI:
         finally:
             farm.closing.set()
             with anyio.CancelScope(shield=True):
+                await farm.requests.close()
                 await anyio.to_thread.run_sync(doorbell.flush, settings)
                 app.state.readiness.close()
                 database.dispose()

@@ -25,6 +25,8 @@ OPEN = frozenset({f"{API}/health/live", f"{API}/health/ready"})
 NDJSON = frozenset({"application/x-ndjson", "application/ndjson", "application/jsonl"})
 SMALL_BODY_BYTES = 1024 * 1024
 """Every body but a batch's: one job, one key. A hundred times what a sensible one takes."""
+BODIED = frozenset({"POST", "PATCH"})
+"""The only methods with bodies that are read."""
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 log = get_logger(__name__)
@@ -84,7 +86,7 @@ class RequestLog:
 
 
 class Authentication:
-    """Refuses requests without a valid key before anything of them is read, whatever path they name."""
+    """Refuses requests without a valid key, and more than their project may send, before anything of them is read."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -96,7 +98,11 @@ class Authentication:
         farm = farm_of(scope)
         try:
             key = key_of(Headers(scope=scope))
-            scope["farm.caller"] = farm.keys.remembered(key) or await farm.waiting(lambda: farm.keys.look_up(key))
+            caller = farm.keys.remembered(key)
+            if caller is None:
+                caller = await farm.waiting(lambda: farm.keys.look_up(key))
+            scope["farm.caller"] = caller
+            await farm.requests.admit(caller.project_id, caller.requests_per_second)
         except FarmError as error:
             await farm_problem(scope, error)(scope, receive, send)
             return
@@ -113,8 +119,8 @@ class BodyLimit:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # Only POST has bodies that are read; what other requests wait for is that the client leaves.
-        if scope["type"] != "http" or scope["method"] != "POST":
+        # What requests without a body wait for is that the client leaves.
+        if scope["type"] != "http" or scope["method"] not in BODIED:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)

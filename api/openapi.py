@@ -11,7 +11,18 @@ from api import parameters
 from api.errors import MEDIA_TYPE
 from api.examples import NDJSON
 from api.middleware import OPEN
-from api.schemas import AdapterBody, BatchBody, CheckpointBody, KeyBody, PriorityBody, ProblemDocument, VaeBody
+from api.schemas import (
+    AdapterBody,
+    BatchBody,
+    CheckpointBody,
+    KeyBody,
+    LimitsBody,
+    PriorityBody,
+    ProblemDocument,
+    VaeBody,
+    WebhookBody,
+    WebhookChange,
+)
 from farm.submission import JobSpec
 
 DESCRIPTION = """\
@@ -25,9 +36,12 @@ DOCUMENTED: tuple[type[BaseModel], ...] = (
     CheckpointBody,
     JobSpec,
     KeyBody,
+    LimitsBody,
     PriorityBody,
     ProblemDocument,
     VaeBody,
+    WebhookBody,
+    WebhookChange,
 )
 """Models that no route's signature names."""
 
@@ -41,6 +55,7 @@ PROBLEMS = {
     "413": "The body is over the limit",
     "415": "A content type this route does not read",
     "422": "Something in the request is not valid; `problems` says what",
+    "429": "A limit of the project is reached; `limit` says which, `Retry-After` for how long",
     "503": "A server the farm depends on does not answer; try again",
 }
 
@@ -100,7 +115,7 @@ def _document(app: FastAPI) -> dict[str, Any]:
 
 
 def _add_problems(path: str, operation: dict[str, Any]) -> None:
-    statuses = ["401", "403", "503"]
+    statuses = ["401", "403", "429", "503"]
     if "{" in path:
         statuses.append("404")
     if "requestBody" in operation:

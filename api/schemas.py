@@ -1,7 +1,7 @@
 """The shapes that neither `farm.views` nor `farm.submission` holds: small bodies, query parameters, service answers."""
 
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, SkipValidation, field_validator
 
@@ -13,7 +13,7 @@ from farm.states import JobState
 Text = Annotated[str, Field(max_length=200, pattern=r"^[^\x00]*$")]
 """A short text; Postgres stores every character but NUL."""
 
-Scope = Literal["jobs:read", "jobs:write", "admin"]
+Scope = Literal["jobs:read", "jobs:submit", "jobs:manage", "jobs:write", "admin"]
 
 
 class Body(BaseModel):
@@ -92,6 +92,49 @@ class AdapterBody(ModelBody):
     kind: Literal["style", "acceleration"] | None = None
 
 
+Limit = Annotated[int, Field(ge=0, le=2**53 - 1)]
+
+
+class LimitsBody(Body):
+    """Limits of a project to set; null takes one away, what is absent stays."""
+
+    queued_jobs: Limit | None = None
+    running_jobs: Limit | None = None
+    pixel_steps_per_day: Limit | None = None
+    requests_per_second: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+
+
+TellOf = Literal["batch.finished", "batch.failed_share", "job.failed"]
+TellOfs = Annotated[list[TellOf], Field(min_length=1, max_length=3)]
+WebhookUrl = Annotated[str, Field(min_length=1, max_length=2000, examples=["https://example.com/farm"])]
+FailedShare = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+
+
+class WebhookBody(Body):
+    """Whom to tell of what. `batch.failed_share` is told once when `failed_share` of a batch's jobs have failed."""
+
+    url: WebhookUrl
+    events: TellOfs = list(get_args(TellOf))
+    failed_share: FailedShare = 0.1
+
+
+class WebhookChange(Body):
+    """What to change of a webhook. Switched off, it forgets what was still to be told."""
+
+    url: WebhookUrl | None = None
+    events: TellOfs | None = None
+    failed_share: FailedShare | None = None
+    enabled: bool | None = None
+
+
+class Overlap(BaseModel):
+    """How long two secrets of a webhook are valid."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    overlap: int = Field(86_400, ge=0, le=2_592_000, description="Seconds that the secret before stays valid too.")
+
+
 def _pair(value: str) -> str:
     key, equals, _ = value.partition("=")
     if not key or not equals or "\0" in value:
@@ -99,18 +142,23 @@ def _pair(value: str) -> str:
     return value
 
 
-class Listing(BaseModel):
-    """What every list understands."""
+class Paging(BaseModel):
+    """Which page of a list."""
 
     model_config = ConfigDict(extra="forbid")
 
-    label: list[Annotated[str, AfterValidator(_pair)]] = Field(
-        [], description="Only what carries this label, as `key=value`; may be repeated.", examples=[["site=bridge-7"]]
-    )
     cursor: Annotated[str, Field(min_length=1, max_length=500)] | None = Field(
         None, description="`next_cursor` of the page before."
     )
     limit: int = Field(50, ge=1, le=500, description="Most items on the page.")
+
+
+class Listing(Paging):
+    """What every list of jobs or batches understands."""
+
+    label: list[Annotated[str, AfterValidator(_pair)]] = Field(
+        [], description="Only what carries this label, as `key=value`; may be repeated.", examples=[["site=bridge-7"]]
+    )
 
     @property
     def labels(self) -> dict[str, str]:

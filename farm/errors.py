@@ -106,6 +106,12 @@ class TooLarge(PermanentError):
     code = "too-large"
 
 
+class LimitReached(TransientError):
+    """A limit of the project is reached. `limit` names it, `value` is its value, `retry_after` counts seconds."""
+
+    code = "limit-reached"
+
+
 class TooSlow(TransientError):
     """The request body did not arrive in time."""
 

@@ -15,7 +15,10 @@ from farm.ids import new_id
 from farm.queries import keys as rows
 from farm.views import KeyView
 
-SCOPES = frozenset({"jobs:read", "jobs:write", "admin"})
+SCOPES = frozenset({"jobs:read", "jobs:submit", "jobs:manage", "jobs:write", "admin"})
+"""Look; submit; cancel, pause, retry, delete and set webhooks; both of these; keys, models and limits of the farm."""
+WIDER = {"jobs:write": frozenset({"jobs:submit", "jobs:manage"})}
+"""Scopes that hold others."""
 
 PREFIX_LENGTH = 12
 """Characters of a key that may be shown and by which it is found: `farm_` and seven more."""
@@ -29,6 +32,7 @@ class Caller:
     project: str
     key_id: UUID
     scopes: frozenset[str]
+    requests_per_second: int | None = None
 
 
 def create_key(
@@ -68,7 +72,8 @@ def authenticate(conn: Connection, key: str) -> Caller:
             found = row
     if found is None:
         raise Unauthorized
-    return Caller(found["project_id"], found["project"], found["id"], frozenset(found["scopes"]))
+    scopes = frozenset(found["scopes"]).union(*(WIDER.get(scope, ()) for scope in found["scopes"]))
+    return Caller(found["project_id"], found["project"], found["id"], scopes, found["requests_per_second"])
 
 
 def list_keys(conn: Connection) -> list[KeyView]:

@@ -14,11 +14,12 @@ from uuid import UUID
 
 import structlog
 
-from farm import doorbell, jobs
+from farm import doorbell, jobs, telling
+from farm.courier import Courier
 from farm.db import Database
 from farm.errors import FarmError
 from farm.jobs.changing import TURNED_AT_ONCE, turn_cancelled, turn_retried
-from farm.queries import changing, claiming, maintaining, registrations, workers
+from farm.queries import changing, claiming, limits, maintaining, registrations, webhooks, workers
 from farm.settings import Settings
 from farm.storage import Store
 
@@ -60,12 +61,16 @@ class Sweeper:
             Duty("delete", second, self.delete),
             Duty("objects", second * 5, self.objects),
             Duty("prune", second * 60, self.prune),
+            Duty("recount", second * 60, self.recount),
         )
 
     def run(self, stop: threading.Event, pulse: Callable[[], None] = lambda: None) -> None:
-        """Do all duties until `stop` is set. `pulse` is called every few seconds while none of them hangs."""
-        self._turned = {duty.name: time.monotonic() for duty in self.duties}
-        threads = [threading.Thread(target=self._loop, args=(duty, stop), name=duty.name) for duty in self.duties]
+        """Do all duties and carry messages to webhooks until `stop` is set. `pulse` is called every few seconds while
+        none of them hangs."""
+        courier = Courier(self.settings)
+        duties = (*self.duties, Duty("webhooks", self.settings.sweep_every, courier.turn))
+        self._turned = {duty.name: time.monotonic() for duty in duties}
+        threads = [threading.Thread(target=self._loop, args=(duty, stop), name=duty.name) for duty in duties]
         for thread in threads:
             thread.start()
         while not self._hangs():
@@ -75,6 +80,7 @@ class Sweeper:
         stop.wait()
         for thread in threads:
             thread.join()
+        courier.close()
 
     def once(self) -> None:
         """Every duty once, in order, until it has nothing left: for tests and benchmarks."""
@@ -93,11 +99,13 @@ class Sweeper:
         return rescued > 0
 
     def fold(self) -> bool:
-        """Fold appended deltas into the counters."""
+        """Fold appended deltas into the counters, and tell of the batches that finished by them."""
         with self.database.transaction() as conn:
             if not maintaining.try_duty(conn, 1):
                 return False
-            return maintaining.fold(conn, FOLDED_AT_ONCE) == FOLDED_AT_ONCE
+            folded = maintaining.fold(conn, FOLDED_AT_ONCE)
+            telling.batches_moved(conn, folded.ended)
+            return folded.deltas == FOLDED_AT_ONCE
 
     def ring(self) -> bool:
         """Ring for work that nobody hears of: retries that fell due, doorbells lost with the broker."""
@@ -174,6 +182,16 @@ class Sweeper:
                 maintaining.prune(conn, self.settings.idempotency_ttl)
                 workers.prune(conn)
                 registrations.prune(conn)
+                webhooks.prune(conn, self.settings.webhook_keep)
+        return False
+
+    def recount(self) -> bool:
+        """Count the open jobs of projects anew: an older sweeper folds without telling them."""
+        with self.database.transaction() as conn:
+            if maintaining.try_duty(conn, 1) and maintaining.try_duty(conn, 4):
+                wrong = limits.recount(conn)
+                if wrong:
+                    log.warning("open jobs of projects were counted anew", projects=wrong)
         return False
 
     def _hangs(self) -> bool:

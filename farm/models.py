@@ -20,36 +20,14 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Mapped, mapped_column
 
+from farm.models_tenants import ApiKey, Project, Webhook, WebhookDelivery
 from farm.schema import BY_PRIORITY, EMPTY_ARRAY, EMPTY_OBJECT, NOW, QUEUED, READY, RUNNING, Base, Xid8
 
-SCHEMA_VERSION = "0005"
+SCHEMA_VERSION = "0007"
 """The Alembic revision this code was written for; a process refuses any other."""
 
-
-class Project(Base):
-    """The tenant. `served` counts jobs claimed lately (it halves every two minutes); fair share reads it."""
-
-    __tablename__ = "projects"
-    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
-    name: Mapped[str] = mapped_column(unique=True)
-    served: Mapped[float] = mapped_column(server_default=text("0"))
-    served_at: Mapped[datetime] = mapped_column(server_default=NOW)
-    created_at: Mapped[datetime] = mapped_column(server_default=NOW)
-
-
-class ApiKey(Base):
-    """How a project proves who it is: sha256 of 256 random bits; `prefix` is the part that may be shown."""
-
-    __tablename__ = "api_keys"
-    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
-    project_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("projects.id"))
-    name: Mapped[str]
-    prefix: Mapped[str] = mapped_column(index=True)
-    digest: Mapped[bytes]
-    scopes: Mapped[list[str]]
-    created_at: Mapped[datetime] = mapped_column(server_default=NOW)
-    expires_at: Mapped[datetime | None]
-    revoked_at: Mapped[datetime | None]
+TENANTS = (Project, ApiKey, Webhook, WebhookDelivery)
+"""Tables of a file of their own: who uses the farm, and whom it tells."""
 
 
 class Model(Base):

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, Field, SecretStr, model_validator
+from pydantic import BeforeValidator, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from farm.addresses import networks_of
 
 PLACEHOLDERS = frozenset({"", "changeme", "change-me", "password", "secret", "farm", "postgres", "minioadmin", "admin"})
 """Passwords that are no secret. Refused outside development."""
@@ -142,11 +144,25 @@ class Settings(BaseSettings):
     keep_deleted: Seconds = timedelta(minutes=10)
     """How long the objects of deleted jobs and lost attempts stay in S3."""
 
+    webhook_networks: str | None = None
+    """Networks that webhooks may lead to beside the public internet, over http too: `10.1.0.0/16,127.0.0.0/8`. Unset
+    means none."""
+    webhook_timeout: Seconds = timedelta(seconds=15)
+    """How long one try to deliver a message may take in all."""
+    webhook_keep: Seconds = timedelta(days=30)
+    """How long messages to webhooks are kept for looking at."""
+
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["json", "console"] = "json"
     flower_user: str = "farm"
     flower_password: SecretStr | None = None
     """Password of Flower's page; `farm up` makes one."""
+
+    @field_validator("webhook_networks")
+    @classmethod
+    def _networks(cls, value: str | None) -> str | None:
+        networks_of(value)
+        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

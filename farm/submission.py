@@ -101,6 +101,7 @@ class Prepared(AbstractContextManager["Prepared"]):
         self.labels = labels
         self.priority = priority
         self.jobs = 0
+        self.pixel_steps = 0
         self.segments: dict[tuple[str, int, str | None], _Segment] = {}
         self.pipeline_keys: set[str] = set()
         self.warnings: dict[str, int] = {}
@@ -287,6 +288,7 @@ class _Writer:
                 % (str(job_id).encode(), hashlib.sha256(canonical).hexdigest().encode(), _escaped(canonical), tail)
             )
             prepared.jobs += 1
+        prepared.pixel_steps += spec.count * body["width"] * body["height"] * body["steps"]
         for warning in warnings:
             prepared.warnings[warning] = prepared.warnings.get(warning, 0) + spec.count
 

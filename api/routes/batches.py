@@ -8,7 +8,7 @@ from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
 from api.bodies import JSON, JsonBytes, json_bytes, lines, read, refuse_encoding, spooled
-from api.deps import ConnDep, Farm, FarmDep, Notices, NoticesDep, ReaderDep, WriterDep
+from api.deps import ConnDep, Farm, FarmDep, ManagerDep, Notices, NoticesDep, ReaderDep, SubmitterDep
 from api.examples import BATCH
 from api.middleware import NDJSON, media_type
 from api.openapi import body as documented
@@ -16,7 +16,7 @@ from api.openapi import upload as documented_upload
 from api.parameters import BatchParameters
 from api.schemas import BatchBody, BatchListing, JobListing, PriorityBody
 from api.submitting import IdempotencyKey, Moment, Once, Submission, answer, store
-from farm import jobs
+from farm import jobs, limits
 from farm.errors import InvalidRequest, Problem, UnsupportedMedia
 from farm.keys import Caller
 from farm.views import BatchView, DryRun, JobView, Page
@@ -31,7 +31,7 @@ router = APIRouter(prefix="/batches", tags=["batches"])
     responses={200: {"model": DryRun, "description": "`dry_run=true`: what it would do; nothing was stored"}},
     openapi_extra=documented_upload(BatchBody, {"two jobs": BATCH}),
 )
-async def create_batch(request: Request, caller: WriterDep, farm: FarmDep, key: IdempotencyKey = None) -> Response:
+async def create_batch(request: Request, caller: SubmitterDep, farm: FarmDep, key: IdempotencyKey = None) -> Response:
     """Submit many jobs, all or nothing: as JSON, or as NDJSON (one job a line) with the defaults in query parameters.
 
     NDJSON is spooled, checked in constant memory and stored in one short transaction. On bad input nothing is accepted
@@ -69,6 +69,8 @@ def _accept(farm: Farm, caller: Caller, once: Once, submission: Submission, *, d
     with farm.database.transaction() as conn:
         if not dry_run and (before := once.answered(conn, farm)) is not None:
             return before
+        if not dry_run:
+            limits.refuse_full(conn, caller.project_id)
         moment = Moment.of(conn, farm)
     with moment.check(submission, farm) as prepared:
         if dry_run:
@@ -121,34 +123,34 @@ def list_batch_jobs(
 
 
 @router.delete("/{batch_id}", status_code=204)
-def delete_batch(batch_id: UUID, caller: WriterDep, notices: NoticesDep, conn: ConnDep) -> None:
+def delete_batch(batch_id: UUID, caller: ManagerDep, notices: NoticesDep, conn: ConnDep) -> None:
     """Cancel a batch and remove it with its jobs and images."""
     notices.cancel = True
     jobs.delete_batch(conn, caller.project_id, batch_id)
 
 
 @router.post("/{batch_id}/cancel")
-def cancel_batch(batch_id: UUID, caller: WriterDep, notices: NoticesDep, conn: ConnDep) -> BatchView:
+def cancel_batch(batch_id: UUID, caller: ManagerDep, notices: NoticesDep, conn: ConnDep) -> BatchView:
     """Cancel whatever of a batch has not finished; running jobs stop at their next denoising step."""
     notices.cancel = True
     return jobs.cancel_batch(conn, caller.project_id, batch_id)
 
 
 @router.post("/{batch_id}/pause")
-def pause_batch(batch_id: UUID, caller: WriterDep, conn: ConnDep) -> BatchView:
+def pause_batch(batch_id: UUID, caller: ManagerDep, conn: ConnDep) -> BatchView:
     """Start nothing more of a batch; what runs goes on."""
     return jobs.pause_batch(conn, caller.project_id, batch_id)
 
 
 @router.post("/{batch_id}/resume")
-def resume_batch(batch_id: UUID, caller: WriterDep, notices: NoticesDep, conn: ConnDep) -> BatchView:
+def resume_batch(batch_id: UUID, caller: ManagerDep, notices: NoticesDep, conn: ConnDep) -> BatchView:
     """Undo a pause."""
     notices.work = True
     return jobs.resume_batch(conn, caller.project_id, batch_id)
 
 
 @router.post("/{batch_id}/retry")
-def retry_batch(batch_id: UUID, caller: WriterDep, notices: NoticesDep, conn: ConnDep) -> BatchView:
+def retry_batch(batch_id: UUID, caller: ManagerDep, notices: NoticesDep, conn: ConnDep) -> BatchView:
     """Put the failed and cancelled jobs of a batch back in the queue."""
     notices.work = True
     return jobs.retry_batch(conn, caller.project_id, batch_id)
@@ -156,7 +158,7 @@ def retry_batch(batch_id: UUID, caller: WriterDep, notices: NoticesDep, conn: Co
 
 @router.post("/{batch_id}/priority", openapi_extra=documented(PriorityBody, {"before others": {"priority": 10}}))
 def set_batch_priority(
-    batch_id: UUID, caller: WriterDep, body: JsonBytes, notices: NoticesDep, conn: ConnDep
+    batch_id: UUID, caller: ManagerDep, body: JsonBytes, notices: NoticesDep, conn: ConnDep
 ) -> BatchView:
     """Give a batch another priority; higher goes first."""
     notices.work = True

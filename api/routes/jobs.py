@@ -8,12 +8,12 @@ from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
 from api.bodies import JsonBytes, parse
-from api.deps import ConnDep, FarmDep, NoticesDep, ReaderDep, WriterDep
+from api.deps import ConnDep, FarmDep, ManagerDep, NoticesDep, ReaderDep, SubmitterDep
 from api.examples import FULL_JOB, JOB, JOBS_WITH_COUNT
 from api.openapi import body as documented
 from api.schemas import JobListing, Rehearsal
 from api.submitting import IdempotencyKey, Moment, Once, Submission, answer, only_job, store
-from farm import jobs
+from farm import jobs, limits
 from farm.errors import InvalidRequest, Problem
 from farm.submission import JobSpec
 from farm.views import BatchView, DryRun, JobView, Page
@@ -32,7 +32,7 @@ EXAMPLES = {"shortest": JOB, "everything": FULL_JOB, "four seeds": JOBS_WITH_COU
 )
 def create_job(
     request: Request,
-    caller: WriterDep,
+    caller: SubmitterDep,
     body: JsonBytes,
     farm: FarmDep,
     notices: NoticesDep,
@@ -47,6 +47,8 @@ def create_job(
     once = Once.of(request, caller.project_id, key, hashlib.sha256(body).digest())
     if not wanted.dry_run and (before := once.answered(conn, farm)) is not None:
         return before
+    if not wanted.dry_run:
+        limits.refuse_full(conn, caller.project_id)
     spec = parse(body)
     labels = spec.get("labels")
     try:
@@ -85,13 +87,13 @@ def get_job(job_id: UUID, caller: ReaderDep, conn: ConnDep) -> JobView:
 
 
 @router.delete("/{job_id}", status_code=204)
-def delete_job(job_id: UUID, caller: WriterDep, farm: FarmDep, conn: ConnDep) -> None:
+def delete_job(job_id: UUID, caller: ManagerDep, farm: FarmDep, conn: ConnDep) -> None:
     """Remove a job and its image. A running job is refused: cancel it first."""
     jobs.delete_job(conn, caller.project_id, job_id, keep=farm.settings.keep_deleted)
 
 
 @router.post("/{job_id}/cancel")
-def cancel_job(job_id: UUID, caller: WriterDep, notices: NoticesDep, conn: ConnDep) -> JobView:
+def cancel_job(job_id: UUID, caller: ManagerDep, notices: NoticesDep, conn: ConnDep) -> JobView:
     """Cancel a job: a queued one at once, a running one at its next denoising step. Twice changes nothing."""
     notices.cancel = True
     return jobs.cancel_job(conn, caller.project_id, job_id)
@@ -101,7 +103,7 @@ def cancel_job(job_id: UUID, caller: WriterDep, notices: NoticesDep, conn: ConnD
 def replay_job(
     request: Request,
     job_id: UUID,
-    caller: WriterDep,
+    caller: SubmitterDep,
     farm: FarmDep,
     notices: NoticesDep,
     conn: ConnDep,
@@ -120,7 +122,7 @@ def replay_job(
 
 
 @router.post("/{job_id}/retry")
-def retry_job(job_id: UUID, caller: WriterDep, notices: NoticesDep, conn: ConnDep) -> JobView:
+def retry_job(job_id: UUID, caller: ManagerDep, notices: NoticesDep, conn: ConnDep) -> JobView:
     """Put a failed or cancelled job back in the queue."""
     notices.work = True
     return jobs.retry_job(conn, caller.project_id, job_id)

@@ -6,7 +6,9 @@ from farm.cli import batches, demo, programs, render, stack, submit
 from farm.cli.exits import FarmGroup
 from farm.cli.keys import keys
 from farm.cli.models import models
+from farm.cli.projects import projects
 from farm.cli.train import train
+from farm.cli.webhooks import webhooks
 
 app = typer.Typer(
     cls=FarmGroup,
@@ -51,4 +53,6 @@ for section, commands in SECTIONS.items():
     if section == "Jobs and batches":
         app.add_typer(models, name="models", rich_help_panel="Models and keys")
         app.add_typer(keys, name="keys", rich_help_panel="Models and keys")
+        app.add_typer(projects, name="projects", rich_help_panel="Models and keys")
+        app.add_typer(webhooks, name="webhooks", rich_help_panel="Models and keys")
         app.add_typer(train, name="train", rich_help_panel="Models and keys")

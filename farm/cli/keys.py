@@ -33,7 +33,10 @@ def create(
     project: Annotated[str, typer.Option(help="The tenant; made if there is none of this name.")] = "default",
     scope: Annotated[
         list[str] | None,
-        typer.Option(help="jobs:read, jobs:write or admin; may be repeated. The first two if absent."),
+        typer.Option(
+            help="jobs:read, jobs:submit, jobs:manage, jobs:write (the last two) or admin; may be repeated. "
+            "jobs:read and jobs:write if absent."
+        ),
     ] = None,
     expires: Annotated[
         str | None, typer.Option(help="12h, 30d, 8w, or a date such as 2031-01-31.", show_default=False)

@@ -19,7 +19,9 @@ from farm.client.connection import resolve
 from farm.client.flows import Answer, Block, Flow, Send, Sleep
 from farm.client.pictures import Download, Downloaded, Saved
 from farm.client.problems import error_from
+from farm.client.projects import AsyncProjects
 from farm.client.transport import api_options, arguments, async_chunks, storage_options
+from farm.client.webhooks import AsyncWebhooks
 from farm.states import JobState
 from farm.views import (
     AdapterView,
@@ -61,6 +63,8 @@ class AsyncFarm:
         self._storage = httpx.AsyncClient(**storage_options(self.connection, timeout))
         self._parallel = parallel
         self._random = Random()  # noqa: S311  # jitter, no secret
+        self.webhooks = AsyncWebhooks(self._request)
+        self.projects = AsyncProjects(self._request)
 
     async def __aenter__(self) -> Self:
         return self

@@ -18,7 +18,9 @@ from farm.client.connection import resolve
 from farm.client.flows import Answer, Block, Flow, Send, Sleep
 from farm.client.pictures import Download, Downloaded, Saved
 from farm.client.problems import error_from
+from farm.client.projects import Projects
 from farm.client.transport import api_options, arguments, chunks, storage_options
+from farm.client.webhooks import Webhooks
 from farm.states import JobState
 from farm.views import (
     AdapterView,
@@ -61,6 +63,8 @@ class Farm:
         self._storage = httpx.Client(**storage_options(self.connection, timeout))
         self._parallel = parallel
         self._random = Random()  # noqa: S311  # jitter, no secret
+        self.webhooks = Webhooks(self._request)
+        self.projects = Projects(self._request)
 
     def __enter__(self) -> Self:
         return self

@@ -6,6 +6,7 @@ from uuid import UUID
 
 from sqlalchemy import Connection, RowMapping
 
+from farm import limits
 from farm.errors import Conflict, InvalidRequest, NotFound
 from farm.jobs.reading import get_batch, get_job
 from farm.queries import changing as rows
@@ -38,13 +39,14 @@ def cancel_job(conn: Connection, project_id: UUID, job_id: UUID) -> JobView:
 
 
 def retry_job(conn: Connection, project_id: UUID, job_id: UUID) -> JobView:
-    """Put a failed or cancelled job back in the queue. Raises NotFound, Conflict in any other state."""
+    """Put a failed or cancelled job back in the queue. Raises NotFound, Conflict in any other state, LimitReached."""
     job = _locked(conn, project_id, job_id)
     if job["cancelling"]:
         raise Conflict("its batch is being cancelled; try again when that is done, or retry the batch")
     if job["state"] not in (JobState.FAILED, JobState.CANCELLED):
         raise Conflict(f"job {job_id} is {job['state']}; only failed and cancelled jobs can be retried")
     _lower(conn, rows.retry_jobs(conn, [job_id]))
+    limits.hold(conn, project_id, asked=1)
     return get_job(conn, project_id, job_id)
 
 
@@ -94,21 +96,25 @@ def resume_batch(conn: Connection, project_id: UUID, batch_id: UUID) -> BatchVie
 def retry_batch(conn: Connection, project_id: UUID, batch_id: UUID) -> BatchView:
     """Put the failed and cancelled jobs of a batch back in the queue; large segments follow in the background.
 
-    Raises NotFound, and Conflict while the batch is still being cancelled.
+    Raises NotFound, Conflict while the batch is still being cancelled, LimitReached where so many may not be queued.
     """
     get_batch(conn, project_id, batch_id)
     if rows.is_cancelling(conn, batch_id):
         raise Conflict("the batch is still being cancelled; try again in a moment")
     left = TURNED_AT_ONCE
     later = []
+    coming = asked = 0
     for found in rows.to_retry(conn, batch_id):
+        asked += int(found["jobs"])
         if found["jobs"] <= left:
             left -= int(found["jobs"])
             turn_retried(conn, batch_id, found["segment_id"])
         else:
             later.append(found["segment_id"])
+            coming += int(found["jobs"])
     if later:
         rows.flag_retrying(conn, later, retrying=True)
+    limits.hold(conn, project_id, coming=coming, asked=asked)
     return get_batch(conn, project_id, batch_id)
 
 

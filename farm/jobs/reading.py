@@ -1,7 +1,5 @@
 """Looking at jobs, batches, lanes and workers."""
 
-import base64
-import binascii
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -9,6 +7,7 @@ from uuid import UUID
 
 from sqlalchemy import Connection, RowMapping
 
+from farm.cursors import decode, next_cursor
 from farm.errors import InvalidRequest, NotFound
 from farm.jobs.running import StoredImage
 from farm.queries import models as model_rows
@@ -65,10 +64,10 @@ def list_jobs(
         states=[str(state) for state in states],
         labels=labels or {},
         batch=batch,
-        after=_decode(cursor),
+        after=decode(cursor),
         limit=limit + 1,
     )
-    return Page(items=[job_view(row) for row in found[:limit]], next_cursor=_next(found, limit))
+    return Page(items=[job_view(row) for row in found[:limit]], next_cursor=next_cursor(found, limit))
 
 
 def get_batch(conn: Connection, project_id: UUID, batch_id: UUID) -> BatchView:
@@ -89,8 +88,8 @@ def list_batches(
     limit: int = 50,
 ) -> Page[BatchView]:
     """Batches of the project, newest first."""
-    found = rows.batches(conn, project_id, state=state, labels=labels or {}, after=_decode(cursor), limit=limit + 1)
-    return Page(items=[batch_view(row) for row in found[:limit]], next_cursor=_next(found, limit))
+    found = rows.batches(conn, project_id, state=state, labels=labels or {}, after=decode(cursor), limit=limit + 1)
+    return Page(items=[batch_view(row) for row in found[:limit]], next_cursor=next_cursor(found, limit))
 
 
 def queue(conn: Connection) -> list[LaneView]:
@@ -213,23 +212,6 @@ def batch_view(row: RowMapping) -> BatchView:
         images_per_second=round(rate, 3),
         eta_seconds=None if eta is None else round(eta, 1),
     )
-
-
-def _next(found: Sequence[RowMapping], limit: int) -> str | None:
-    return _encode(found[limit - 1]["id"]) if len(found) > limit else None
-
-
-def _encode(last: UUID) -> str:
-    return base64.urlsafe_b64encode(last.bytes).decode().rstrip("=")
-
-
-def _decode(cursor: str | None) -> UUID | None:
-    if cursor is None:
-        return None
-    try:
-        return UUID(bytes=base64.b64decode(cursor + "==", altchars=b"-_", validate=True))
-    except (ValueError, binascii.Error) as error:
-        raise InvalidRequest("cursor is not one that a page of this list gave as next_cursor") from error
 
 
 def _event_cursor(after: str | None) -> tuple[str, UUID]:

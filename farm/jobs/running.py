@@ -9,7 +9,7 @@ from uuid import UUID
 
 from sqlalchemy import Connection, RowMapping
 
-from farm import scheduling
+from farm import limits, scheduling, telling
 from farm.backoff import backoff
 from farm.jobs.taking import Place, take_any, take_one_set
 from farm.objects import attempt_prefix
@@ -129,20 +129,22 @@ def claim(
     if claiming.claim_exists(conn, claim_id):
         return _claimed(claim_id, claiming.claimed_before(conn, claim_id), more=True)
     now = now or claiming.database_now(conn)
-    rows = claiming.candidates(conn, pool=pool, worker=worker, warm=warm, random=random, now=now)
+    full = limits.full_projects(conn)
+    rows = claiming.candidates(conn, pool=pool, worker=worker, warm=warm, full=full, random=random, now=now)
     by_segment = {row["segment"]: row for row in rows}
     policy = Policy(settings.affinity_bound, limit, workers=max(1, rows[0]["workers"]) if rows else 1)
     ranked = scheduling.rank(
         [_candidate(row) for row in rows], warm, policy, now, worker=worker, chance=random.random()
     )
     for choice in scheduling.few(ranked, warm):
-        place = Place(pool, choice.lane, limit, now)
+        place = Place(pool, choice.lane, limit, now, full)
         if warm.mixes_in(choice.lane):
             taken, short = take_any(conn, by_segment[choice.segment], place)
         else:
             overdue = now - choice.ready_since > settings.affinity_bound
             prefer = None if overdue or choice.adapter_set is not None else warm.lanes.get(choice.lane)
             taken, short = take_one_set(conn, by_segment[choice.segment], place, prefer)
+        taken = limits.startable(conn, taken)
         if taken:
             started = claiming.start(conn, claim=claim_id, worker=worker, ids=taken, lease=settings.lease, now=now)
         if short:
@@ -185,6 +187,7 @@ def finish(
     moves = [_move(rows[result.job_id], result, settings, now) for result in held]
     done = finishing.move(conn, moves, now) if moves else set()
     _requeue(conn, rows, moves, done)
+    telling.jobs_moved(conn, moves, done)
     finishing.close_claim(conn, claim_id, now)
     late = [result for result in results if result.job_id not in done]
     if late:
@@ -213,6 +216,7 @@ def rescue(conn: Connection, *, settings: Settings, now: datetime | None = None,
             moves.append(_crashed(job, settings=settings))
     done = finishing.move(conn, moves, now) if moves else set()
     _requeue(conn, rows, moves, done)
+    telling.jobs_moved(conn, moves, done)
     # What a crashed attempt had uploaded already, nobody knows: the sweeper looks below the attempt's own prefix.
     prefixes = [attempt_prefix(rows[m["id"]]["project_id"], m["id"], m["attempt"]) for m in moves if m["id"] in done]
     finishing.doom(conn, [], prefixes, settings.keep_deleted, now)

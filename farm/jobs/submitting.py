@@ -6,6 +6,7 @@ from uuid import UUID
 
 from sqlalchemy import Connection
 
+from farm import limits
 from farm.errors import IdempotencyMismatch, InFlight
 from farm.jobs.reading import get_batch
 from farm.queries import submitting as rows
@@ -23,7 +24,10 @@ class Answer:
 
 
 def submit(conn: Connection, prepared: Prepared, *, project_id: UUID, pool: str) -> BatchView:
-    """Store a checked submission as one batch. All or nothing: it exists once the caller's transaction commits."""
+    """Store a checked submission as one batch. All or nothing: it exists once the caller's transaction commits.
+
+    Raises LimitReached when the project may not queue so much now, TooLarge when it never may.
+    """
     rows.insert_batch(
         conn,
         id=prepared.batch_id,
@@ -39,6 +43,7 @@ def submit(conn: Connection, prepared: Prepared, *, project_id: UUID, pool: str)
     )
     rows.copy(conn, rows.JOBS, prepared.job_rows, replacing=(PROJECT, str(project_id).encode()))
     rows.copy(conn, rows.RECIPES, prepared.recipe_rows)
+    limits.hold(conn, project_id, pixel_steps=prepared.pixel_steps, asked=prepared.jobs)
     return get_batch(conn, project_id, prepared.batch_id)
 
 

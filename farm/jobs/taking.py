@@ -1,6 +1,6 @@
 """Locking the jobs of one micro-batch: a few index probes, whatever lies in the queue."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
@@ -15,12 +15,13 @@ Taken = tuple[list[UUID], list[UUID]]
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where to take from, and how many at most."""
+    """Where to take from, how many at most, and of which projects nothing."""
 
     pool: str
     lane: str
     limit: int
     now: datetime
+    full: Collection[UUID] = ()
 
 
 def take_one_set(conn: Connection, lead: RowMapping, place: Place, prefer: str | None) -> Taken:
@@ -86,6 +87,7 @@ def _others(
             lane=place.lane,
             adapter_set=adapter_set,
             not_these=[lead["segment"]],
+            full=place.full,
             limit=missing,
             now=place.now,
         )

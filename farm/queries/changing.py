@@ -79,6 +79,14 @@ _DELETE_JOBS = text("""
         -count(*) FILTER (WHERE state = 'cancelled') FROM gone GROUP BY 1, 2, 3
 """)
 
+# They cancel out for the segments that go, but not for the project, which may have been told of only some of them.
+_DROP_DELTAS = text("""
+    WITH gone AS (DELETE FROM counter_deltas WHERE batch_id = :batch RETURNING project_id, queued, running)
+    UPDATE projects p SET queued = p.queued + g.queued, running = p.running + g.running
+    FROM (SELECT project_id, sum(queued) AS queued, sum(running) AS running FROM gone GROUP BY 1) g
+    WHERE p.id = g.project_id
+""")
+
 
 def lock_job(conn: Connection, project: UUID, job: UUID) -> RowMapping | None:
     """One job, locked."""
@@ -197,6 +205,7 @@ def some_jobs(conn: Connection, batch: UUID, limit: int) -> list[UUID]:
 
 def delete_batch_rows(conn: Connection, batch: UUID) -> None:
     """Remove what is left of a batch that has no jobs any more."""
-    for table in ("counters", "counter_deltas", "rates", "segments"):
+    conn.execute(_DROP_DELTAS, {"batch": batch})
+    for table in ("counters", "rates", "segments"):
         conn.execute(text(f"DELETE FROM {table} WHERE batch_id = :batch"), {"batch": batch})
     conn.execute(text("DELETE FROM batches WHERE id = :batch"), {"batch": batch})

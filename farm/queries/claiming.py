@@ -30,7 +30,8 @@ DELTAS_SEEN = 256
 
 _HALF_LIFE = FAIR_SHARE_HALF_LIFE.total_seconds()
 
-_READY = "head_run_at IS NOT NULL AND NOT paused AND NOT cancelling"
+_READY = "head_run_at IS NOT NULL AND NOT paused AND NOT cancelling AND project_id <> ALL(:full)"
+"""`full` are projects that may start nothing now: their segments must not stand in front of others."""
 
 # LIMIT 1 where a key is unique keeps the planner from reading a whole table for a join.
 # A few index probes for each level, project and warm lane, whatever is queued: all by the partial indexes
@@ -199,7 +200,7 @@ def database_now(conn: Connection) -> datetime:
 
 
 def candidates(
-    conn: Connection, *, pool: str, worker: UUID, warm: Warm, random: Random, now: datetime
+    conn: Connection, *, pool: str, worker: UUID, warm: Warm, full: Collection[UUID], random: Random, now: datetime
 ) -> Sequence[RowMapping]:
     """Segments worth a look: the oldest of each priority level, some further on, one of each project, and those of
     the worker's warm lanes. `random` says where to look further."""
@@ -209,6 +210,7 @@ def candidates(
         "lanes": list(warm.lanes),
         "sets": list(warm.lanes.values()),
         "checkpoints": list(warm.checkpoints),
+        "full": list(full),
         "now": now,
         "start": UUID(int=random.getrandbits(128)),
         "further": random.randrange(FURTHER),
@@ -228,11 +230,14 @@ def lane_segments(
     lane: str,
     adapter_set: str | None,
     not_these: Collection[UUID],
+    full: Collection[UUID],
     limit: int,
     now: datetime,
 ) -> Sequence[RowMapping]:
     """More segments of a lane, to fill a micro-batch: those that may hold jobs of this adapter set, or all."""
-    parameters = {"pool": pool, "lane": lane, "not_these": list(not_these), "limit": limit, "now": now}
+    parameters = {
+        "pool": pool, "lane": lane, "not_these": list(not_these), "full": list(full), "limit": limit, "now": now,
+    }  # fmt: skip
     if adapter_set is None:
         return conn.execute(_LANE, parameters).mappings().all()
     return conn.execute(_LANE_SET, {**parameters, "adapter_set": adapter_set}).mappings().all()

@@ -1,6 +1,7 @@
 """The sweeper's statements."""
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from uuid import UUID
 
@@ -30,13 +31,16 @@ _FOLD = text(f"""
         FROM sums WHERE succeeded > 0
         ON CONFLICT (slot, segment_id) DO UPDATE SET succeeded = r.succeeded + excluded.succeeded
     ), served AS (
-        SELECT project_id, sum(running) AS claimed FROM gone WHERE running > 0 GROUP BY 1
+        SELECT project_id, coalesce(sum(running) FILTER (WHERE running > 0), 0) AS claimed,
+               sum(queued) AS queued, sum(running) AS running FROM gone GROUP BY 1
     ), shares AS (
-        UPDATE projects p SET served_at = clock_timestamp(), served = served.claimed
+        UPDATE projects p SET queued = p.queued + served.queued, running = p.running + served.running,
+            served_at = clock_timestamp(), served = served.claimed
             + p.served * exp(-extract(epoch FROM clock_timestamp() - p.served_at) * ln(2) / {_HALF_LIFE})
         FROM served WHERE p.id = served.project_id
     )
-    SELECT count(*) FROM gone
+    SELECT count(*) AS deltas, coalesce(array_agg(DISTINCT batch_id)
+        FILTER (WHERE succeeded > 0 OR failed > 0 OR cancelled > 0), '{{}}') AS ended FROM gone
 """)
 
 _BACKLOG = text("""
@@ -62,10 +66,17 @@ def try_duty(conn: Connection, duty: int) -> bool:
     return held
 
 
-def fold(conn: Connection, limit: int) -> int:
-    """Add up to `limit` deltas to the counters, rates and fair shares; answers how many."""
-    count: int = conn.execute(_FOLD, {"limit": limit}).scalar_one()
-    return count
+@dataclass(frozen=True, slots=True)
+class Folded:
+    """How many deltas were folded, and the batches of which jobs became terminal by them."""
+
+    deltas: int
+    ended: list[UUID]
+
+
+def fold(conn: Connection, limit: int) -> Folded:
+    """Add up to `limit` deltas to the counters, rates and fair shares."""
+    return Folded(**conn.execute(_FOLD, {"limit": limit}).mappings().one())
 
 
 def backlog(conn: Connection) -> Sequence[RowMapping]:

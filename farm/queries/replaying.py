@@ -20,19 +20,28 @@ _REPLAY = text("""
                               head_id)
         SELECT :segment, :batch, project_id, pool, lane, checkpoint, adapter_set, priority, :now, :job FROM original
     ), counter AS (
-        INSERT INTO counters (segment_id, batch_id, queued) SELECT :segment, :batch, 1 FROM original
+        INSERT INTO counters (segment_id, batch_id) SELECT :segment, :batch FROM original
+    ), delta AS (
+        INSERT INTO counter_deltas (segment_id, batch_id, project_id, queued)
+        SELECT :segment, :batch, project_id, 1 FROM original
     ), job AS (
         INSERT INTO jobs (id, segment_id, batch_id, project_id, number, state, adapter_set, run_at, created_at)
         SELECT :job, :segment, :batch, project_id, 0, 'queued', adapter_set, :now, :now FROM original
     ), recipe AS (
         INSERT INTO recipes (job_id, hash, body, names, labels, warnings, metadata_wanted)
         SELECT :job, hash, body, names, labels, warnings, metadata_wanted FROM original
+    ), replay AS (
+        INSERT INTO replays (job_id, original_id, key) SELECT :job, id, key FROM original
     )
-    INSERT INTO replays (job_id, original_id, key) SELECT :job, id, key FROM original
+    SELECT CAST(body ->> 'width' AS bigint) * CAST(body ->> 'height' AS bigint) * CAST(body ->> 'steps' AS bigint)
+    FROM original
 """)
 
 
-def insert_replay(conn: Connection, original: UUID, *, batch: UUID, segment: UUID, job: UUID, now: datetime) -> None:
-    """A new job with the very recipe of one that succeeded, in a batch of its own, and what it is compared with."""
+def insert_replay(conn: Connection, original: UUID, *, batch: UUID, segment: UUID, job: UUID, now: datetime) -> int:
+    """A new job with the very recipe of one that succeeded, in a batch of its own, and what it is compared with.
+
+    Answers its pixel steps.
+    """
     parameters = {"original": original, "batch": batch, "segment": segment, "job": job, "now": now}
-    conn.execute(_REPLAY, parameters)
+    return int(conn.execute(_REPLAY, parameters).scalar_one())

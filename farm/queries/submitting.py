@@ -33,9 +33,12 @@ _SEGMENTS = text("""
         AS s(id, lane, checkpoint, adapter_set, priority, head_run_at, head_id)
 """)
 
+# As a delta, which the fold also adds to the project: a limit then never has two submissions wait for each other.
 _COUNT = text("""
-    INSERT INTO counters (segment_id, batch_id, queued)
-    SELECT s.id, :batch_id, s.jobs FROM unnest(CAST(:ids AS uuid[]), CAST(:jobs AS bigint[])) AS s(id, jobs)
+    WITH counters AS (
+        INSERT INTO counters (segment_id, batch_id) SELECT id, :batch_id FROM unnest(CAST(:ids AS uuid[])) AS s(id))
+    INSERT INTO counter_deltas (segment_id, batch_id, project_id, queued)
+    SELECT s.id, :batch_id, :project_id, s.jobs FROM unnest(CAST(:ids AS uuid[]), CAST(:jobs AS int[])) AS s(id, jobs)
 """)
 
 # Zero is no limit at all and stays so.
@@ -66,7 +69,7 @@ def insert_segments(conn: Connection, *, batch: UUID, project: UUID, pool: str, 
     }
     conn.execute(_SEGMENTS, parameters)
     jobs = [segment.jobs for segment in segments]
-    conn.execute(_COUNT, {"batch_id": batch, "ids": parameters["ids"], "jobs": jobs})
+    conn.execute(_COUNT, {"batch_id": batch, "project_id": project, "ids": parameters["ids"], "jobs": jobs})
 
 
 def copy(conn: Connection, statement: str, rows: IO[bytes], replacing: tuple[bytes, bytes] | None = None) -> None:

@@ -14,6 +14,8 @@ from farm.db import Database
 from farm.errors import Unauthorized
 from tests.api.conftest import HEALTH, Api, made_up, operations, problem_of
 
+SCOPES = {"admin", "jobs:read", "jobs:submit", "jobs:manage", "jobs:write"}
+
 
 def test_the_document_knows_every_route(api: Api) -> None:
     routes = sum(len(route.methods) for noun in NOUNS for route in noun.router.routes)
@@ -71,14 +73,17 @@ def test_a_key_comes_as_bearer_or_in_its_own_header(api: Api) -> None:
 def test_every_route_wants_its_scope(api: Api) -> None:
     def wanted(method: str, path: str) -> set[str]:
         if path == "/version":
-            return {"admin", "jobs:read", "jobs:write"}
-        if path.startswith(("/keys", "/registrations")):
+            return SCOPES
+        if path.startswith(("/keys", "/registrations", "/projects")):
             return {"admin"}
         if method == "POST" and path in {"/checkpoints", "/vaes", "/adapters"}:
             return {"admin"}
-        return {"jobs:read" if method == "GET" else "jobs:write"}
+        if method == "GET":
+            return {"jobs:read"}
+        submits = path in {"/jobs", "/batches"} or path.endswith("/replay")
+        return {"jobs:write", "jobs:submit" if submits else "jobs:manage"}
 
-    for scope in ("admin", "jobs:read", "jobs:write"):
+    for scope in SCOPES:
         client = api.client(api.new_key(scope))
         for method, path in operations(api):
             if path in HEALTH:

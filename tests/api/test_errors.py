@@ -39,7 +39,7 @@ def test_every_error_has_its_answer(api: Api, monkeypatch: pytest.MonkeyPatch, k
         assert document["near"] == ["moss"]
     else:
         assert "10.0.0.1" not in answer.text
-    assert ("retry-after" in answer.headers) == (kind.retryable and answer.status_code in {409, 503})
+    assert ("retry-after" in answer.headers) == (kind.retryable and answer.status_code in {409, 429, 503})
 
 
 def test_the_unforeseen_is_a_problem_document_too(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,7 @@ def test_everything_lies_below_one_prefix(document: dict[str, Any]) -> None:
 
 def test_every_body_has_a_schema_and_an_example(document: dict[str, Any]) -> None:
     bodies = [operation["requestBody"] for _, _, operation in operations(document) if "requestBody" in operation]
-    assert len(bodies) == 7
+    assert len(bodies) == 10
     for body in bodies:
         assert body["required"]
         for content in body["content"].values():
@@ -51,7 +51,7 @@ def test_every_refusal_is_a_problem_document(document: dict[str, Any]) -> None:
             assert operation["security"] == []
             continue
         refusals = {status: answer for status, answer in operation["responses"].items() if int(status) >= 400}
-        assert {"401", "403", "503"} <= set(refusals)
+        assert {"401", "403", "429", "503"} <= set(refusals)
         assert ("404" in refusals) == ("{" in path)
         assert ("413" in refusals) == ("requestBody" in operation), (method, path)
         assert all(list(answer["content"]) == [MEDIA_TYPE] for answer in refusals.values())

@@ -152,7 +152,7 @@ def test_folding_changes_no_count(queue: Queue) -> None:
     queue.finish(claimed)
     assert queue.claim(limit=2) is not None
     before = queue.counts(batch)
-    while queue.do(maintaining.fold, 2):
+    while queue.do(maintaining.fold, 2).deltas:
         assert queue.counts(batch) == before
     assert before == {"queued": 3, "running": 2, "succeeded": 4}
     lane = queue.do(jobs.queue)[0]

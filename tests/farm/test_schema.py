@@ -122,7 +122,8 @@ def test_finding_work_walks_its_indexes(queue: Queue) -> None:
 
     claiming.candidates(
         Recorder(),  # type: ignore[arg-type]
-        pool="default", worker=uuid.uuid4(), warm=Warm({"crowded": ""}, frozenset({"x"})), random=Random(1), now=now,
+        pool="default", worker=uuid.uuid4(), warm=Warm({"crowded": ""}, frozenset({"x"})), full=[uuid.uuid4()],
+        random=Random(1), now=now,
     )  # fmt: skip
     found = plan(queue, *looked[0])
     for index in ("ready", "project", "set", "lane"):
@@ -130,7 +131,15 @@ def test_finding_work_walks_its_indexes(queue: Queue) -> None:
     assert "Seq Scan on segments" not in found
     assert "Seq Scan on counters" not in found
     assert " jobs" not in found
-    others = {"pool": "default", "lane": "crowded", "adapter_set": "", "not_these": [], "limit": 8, "now": now}
+    others = {
+        "pool": "default",
+        "lane": "crowded",
+        "adapter_set": "",
+        "not_these": [],
+        "full": [],
+        "limit": 8,
+        "now": now,
+    }
     filling = plan(queue, claiming._LANE_SET, others)
     assert filling.count("ix_segments_set on segments") == 2
     assert "ix_segments_lane on segments" in plan(queue, claiming._LANE, others)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from sqlalchemy import text
 
-from farm import jobs
+from farm import jobs, limits
 from farm.db import Database
-from farm.errors import Conflict, NotFound
+from farm.errors import Conflict, LimitReached, NotFound
 from farm.jobs import Difference
 from farm.recipe import Recipe
 from farm.settings import Settings
@@ -49,6 +49,18 @@ def test_the_same_picture_is_no_level_apart(executor: Executor, farm: Queue, sto
     pictures = {farm.do(jobs.image_of, farm.project, one.id).key for one in (original, done)}
     assert len(pictures) == 2
     assert all(store.get(key) for key in pictures)
+
+
+def test_a_replay_is_held_against_the_limits_of_its_project(executor: Executor, farm: Queue) -> None:
+    original = rendered(farm, executor)
+    steps = original.width * original.height * original.steps
+    farm.do(limits.change, farm.project, {"queued_jobs": 2, "pixel_steps_per_day": steps})
+    farm.do(jobs.replay_job, farm.project, original.id)
+    used = farm.do(limits.get, farm.project).use
+    assert (used.queued_jobs, used.pixel_steps_today) == (1, steps)
+    with pytest.raises(LimitReached, match="pixel steps per day"):
+        farm.do(jobs.replay_job, farm.project, original.id)
+    assert farm.do(limits.get, farm.project).use == used
 
 
 def test_another_picture_is_told_by_how_much(executor: Executor, farm: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
