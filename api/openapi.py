@@ -1,5 +1,6 @@
 """The OpenAPI document: what FastAPI derives, plus request bodies, problem answers and keys, which are ours."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -62,6 +63,12 @@ def upload(model: type[BaseModel], examples: dict[str, Any]) -> dict[str, Any]:
     lines = {"schema": {"type": "string"}, "examples": {"one job a line": {"value": NDJSON}}}
     extra["requestBody"]["content"]["application/x-ndjson"] = lines
     return extra | {"parameters": parameters.documented()}
+
+
+def picture(types: Sequence[str]) -> dict[str, Any]:
+    """The same for a body that is a picture of one of these types."""
+    content = {kind: {"schema": {"type": "string", "format": "binary"}} for kind in types}
+    return {"requestBody": {"required": True, "content": content}}
 
 
 def install(app: FastAPI) -> None:

@@ -7,7 +7,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, Ski
 
 from farm.errors import InvalidRequest
 from farm.families import Profile
-from farm.fields import Labels, Moment
+from farm.fields import Labels, Moment, UploadHash
 from farm.states import JobState
 
 Text = Annotated[str, Field(max_length=200, pattern=r"^[^\x00]*$")]
@@ -121,6 +121,15 @@ class Listing(BaseModel):
             problem = "a label has one value, so nothing can carry two"
             raise InvalidRequest("the request is not valid", problems=[{"field": "label", "problem": problem}])
         return labels
+
+
+class UploadListing(BaseModel):
+    """Which uploads to list."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    cursor: UploadHash | None = Field(None, description="`next_cursor` of the page before.")
+    limit: int = Field(50, ge=1, le=500, description="Most items on the page.")
 
 
 class JobListing(Listing):

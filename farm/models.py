@@ -20,9 +20,10 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Mapped, mapped_column
 
+from farm import upload_models  # noqa: F401  # its tables belong to the metadata
 from farm.schema import EMPTY_ARRAY, EMPTY_OBJECT, NOW, QUEUED, RUNNING, Base, Xid8
 
-SCHEMA_VERSION = "0004"
+SCHEMA_VERSION = "0008"
 """The Alembic revision this code was written for; a process refuses any other."""
 
 READY = text("head_run_at IS NOT NULL AND NOT paused AND NOT cancelling")

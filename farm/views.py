@@ -224,6 +224,19 @@ class RegistrationView(View):
     finished_at: datetime | None = None
 
 
+class UploadView(View):
+    """A picture that jobs may name by its `hash`, the sha256 of its bytes. Sizes in pixels and bytes; `used_at` is when
+    it was last sent or named."""
+
+    hash: str
+    media_type: Literal["image/png", "image/jpeg", "image/webp"]
+    width: int
+    height: int
+    bytes: int
+    created_at: datetime
+    used_at: datetime
+
+
 class KeyView(View):
     """An API key without its secret. `key` is set in the one answer that creates it."""
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import AsyncIterable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Generic, Literal, TypedDict, TypeVar
 from urllib.parse import quote
 from uuid import UUID, uuid4
@@ -23,6 +24,7 @@ from farm.views import (
     LaneView,
     Page,
     RegistrationView,
+    UploadView,
     VaeView,
     WorkerView,
 )
@@ -149,6 +151,11 @@ def segment(what: Id) -> str:
     return quote(str(what), safe="")
 
 
+def bytes_of(picture: Path | str | bytes) -> bytes:
+    """A picture as a person hands it over: a file's path, or what is in it."""
+    return picture if isinstance(picture, bytes) else Path(picture).read_bytes()
+
+
 def id_of(what: JobView | BatchView | RegistrationView | Id) -> Id:
     return what.id if isinstance(what, JobView | BatchView | RegistrationView) else what
 
@@ -210,7 +217,7 @@ def set_priority(batch_id: Id, priority: int) -> Call[BatchView]:
     return Call("POST", f"{API}/batches/{segment(batch_id)}/priority", BATCH, body=body, headers=JSON)
 
 
-def delete(kind: Literal["jobs", "batches", "keys"], what: Id) -> Call[None]:
+def delete(kind: Literal["jobs", "batches", "keys", "uploads"], what: Id) -> Call[None]:
     return Call("DELETE", f"{API}/{kind}/{segment(what)}", nothing)
 
 
@@ -221,6 +228,25 @@ def image_link(job_id: Id, kind: Literal["image", "thumbnail"] = "image") -> Cal
 def fetch(url: str) -> Call[bytes]:
     """The bytes behind a presigned URL."""
     return Call("GET", url, lambda body: body, storage=True)
+
+
+def upload(picture: bytes) -> Call[UploadView]:
+    """Repeatable: it is stored under its own hash, once. Its type is told by how it begins; the farm looks closer."""
+    kinds = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"RIFF": "image/webp"}
+    kind = next((kind for start, kind in kinds.items() if picture.startswith(start)), None)
+    if kind is None:
+        raise InvalidRequest("this is no PNG, JPEG or WebP picture")
+    return Call("POST", f"{API}/uploads", view(UploadView), body=picture, headers={"Content-Type": kind})
+
+
+def uploaded(hash_: str) -> Call[UploadView]:
+    return Call("GET", f"{API}/uploads/{segment(hash_)}", view(UploadView))
+
+
+def uploads(limit: int) -> Callable[[str | None], Call[Page[UploadView]]]:
+    """A page of uploads from a cursor on; `None` is the first."""
+    read = view(Page[UploadView])
+    return lambda cursor: Call("GET", f"{API}/uploads", read, [("limit", str(limit)), *_cursor(cursor)])
 
 
 def checkpoints() -> Call[list[CheckpointView]]:

@@ -31,6 +31,7 @@ from farm.views import (
     LaneView,
     Page,
     RegistrationView,
+    UploadView,
     VaeView,
     WorkerView,
 )
@@ -207,6 +208,23 @@ class Farm:
 
     def _succeeded(self, batch: BatchView | Id) -> Iterator[JobView]:
         return self.jobs(state=JobState.SUCCEEDED, batch=calls.id_of(batch))
+
+    # Pictures that jobs start from
+
+    def upload(self, picture: Path | str | bytes) -> UploadView:
+        """Send a PNG, JPEG or WebP picture: a file, or its bytes. Jobs name it by the `hash` of the answer."""
+        return self._run(pictures.send(picture, self._random))
+
+    def uploaded(self, hash_: str) -> UploadView:
+        return self._request(calls.uploaded(hash_))
+
+    def uploads(self, *, page: int = 200) -> Iterator[UploadView]:
+        return self._pages(calls.uploads(page))
+
+    def delete_upload(self, upload: UploadView | str) -> None:
+        """Forget an upload that no job names."""
+        hash_ = upload.hash if isinstance(upload, UploadView) else upload
+        self._request(calls.delete("uploads", hash_))
 
     # Changing
 

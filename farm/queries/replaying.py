@@ -26,6 +26,9 @@ _REPLAY = text("""
     ), recipe AS (
         INSERT INTO recipes (job_id, hash, body, names, labels, warnings, metadata_wanted)
         SELECT :job, hash, body, names, labels, warnings, metadata_wanted FROM original
+    ), uploads_named AS (
+        INSERT INTO job_uploads (job_id, project_id, hash)
+        SELECT :job, project_id, hash FROM job_uploads WHERE job_id = :original
     )
     INSERT INTO replays (job_id, original_id, key) SELECT :job, id, key FROM original
 """)
