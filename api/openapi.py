@@ -13,7 +13,7 @@ from api.errors import MEDIA_TYPE
 from api.examples import NDJSON
 from api.middleware import OPEN
 from api.schemas import AdapterBody, BatchBody, CheckpointBody, KeyBody, PriorityBody, ProblemDocument, VaeBody
-from farm.submission import JobSpec
+from farm.jobspec import JobSpec
 
 DESCRIPTION = """\
 Submit jobs, watch batches, fetch pictures. Every route but the health checks needs an API key, as

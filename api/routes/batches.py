@@ -69,7 +69,7 @@ def _accept(farm: Farm, caller: Caller, once: Once, submission: Submission, *, d
     with farm.database.transaction() as conn:
         if not dry_run and (before := once.answered(conn, farm)) is not None:
             return before
-        moment = Moment.of(conn, farm)
+        moment = Moment.of(conn, farm, caller.project_id, lasting=True)
     with moment.check(submission, farm) as prepared:
         if dry_run:
             return answer(prepared.dry_run())

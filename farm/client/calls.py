@@ -58,6 +58,11 @@ class JobFields(TypedDict, total=False):
     steps: int
     guidance_scale: float
     scheduler: str
+    image: str
+    strength: float
+    mask: str
+    composite: bool
+    controls: Sequence[Mapping[str, Any]]
     seed: int
     priority: int
     labels: Mapping[str, str]
@@ -168,8 +173,14 @@ def as_fields(row: Row) -> dict[str, Any]:
     if isinstance(row, str):
         return {"prompt": row}
     fields = dict(row)
-    weights = [use.get("weight") for use in fields.get("adapters") or () if isinstance(use, Mapping)]
-    for name, value in [*fields.items(), *(("adapters", weight) for weight in weights)]:
+    inner = [
+        (name, value)
+        for name in ("adapters", "controls")
+        for use in fields.get(name) or ()
+        if isinstance(use, Mapping)
+        for value in use.values()
+    ]
+    for name, value in [*fields.items(), *inner]:
         if isinstance(value, float) and not math.isfinite(value):
             raise InvalidRequest(f"{name} is {value}", problems=[{"field": name, "problem": "must be a finite number"}])
     return fields

@@ -4,11 +4,13 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
+from psycopg.errors import ForeignKeyViolation
 from sqlalchemy import Connection
 
-from farm.errors import IdempotencyMismatch, InFlight
+from farm.errors import Conflict, IdempotencyMismatch, InFlight
 from farm.jobs.reading import get_batch
 from farm.queries import submitting as rows
+from farm.queries.uploads import COPY
 from farm.settings import Settings
 from farm.submission import PROJECT, Prepared
 from farm.views import BatchView
@@ -23,7 +25,10 @@ class Answer:
 
 
 def submit(conn: Connection, prepared: Prepared, *, project_id: UUID, pool: str) -> BatchView:
-    """Store a checked submission as one batch. All or nothing: it exists once the caller's transaction commits."""
+    """Store a checked submission as one batch. All or nothing: it exists once the caller's transaction commits.
+
+    Raises Conflict when an upload that it names was deleted since it was checked.
+    """
     rows.insert_batch(
         conn,
         id=prepared.batch_id,
@@ -39,6 +44,10 @@ def submit(conn: Connection, prepared: Prepared, *, project_id: UUID, pool: str)
     )
     rows.copy(conn, rows.JOBS, prepared.job_rows, replacing=(PROJECT, str(project_id).encode()))
     rows.copy(conn, rows.RECIPES, prepared.recipe_rows)
+    try:
+        rows.copy(conn, COPY, prepared.upload_rows, replacing=(PROJECT, str(project_id).encode()))
+    except ForeignKeyViolation as error:
+        raise Conflict("an upload that this submission names was deleted meanwhile; send it again") from error
     return get_batch(conn, project_id, prepared.batch_id)
 
 

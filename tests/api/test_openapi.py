@@ -7,8 +7,8 @@ import pytest
 
 from api.errors import MEDIA_TYPE
 from api.main import create_app
+from farm.jobspec import JobSpec
 from farm.settings import Settings
-from farm.submission import JobSpec
 
 
 @pytest.fixture(scope="module")

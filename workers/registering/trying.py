@@ -1,16 +1,25 @@
 """The test picture of a model: which recipe tries it out."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
+
+import numpy as np
 
 from farm.families import latents_of
 from farm.modelfiles import FoundModel
 from farm.recipe import AdapterUse, Recipe
 from farm.registrations import Claim
 from farm.views import CheckpointView, VaeView
+from workers.pictures import Pixels
 
 PROMPT = "A single split crack on a concrete wall"
 STEPS = 2
+DRAWN = "0" * 64
+PICTURES: Mapping[str, Pixels] = MappingProxyType(
+    {DRAWN: np.repeat(np.where(np.eye(64, dtype=bool), 255, 0).astype(np.uint8)[:, :, None], 3, axis=2)}
+)
+"""What a ControlNet is tried out with, by a hash that no upload has: one bright line across."""
 
 
 def trial(
