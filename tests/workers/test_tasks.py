@@ -2,7 +2,7 @@
 comes with the package."""
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from hashlib import sha256
 from typing import Any
 
@@ -91,8 +91,8 @@ class Shop:
 
 
 @pytest.fixture
-def shop(farm: Queue, database: Database, store: Store, settings: Settings) -> Iterator[Shop]:
-    yield Shop(farm, database, store, settings.model_copy(update={"device": "cpu", "threads": 1}))
+def shop(farm: Queue, database: Database, store: Store, settings: Settings) -> Shop:
+    return Shop(farm, database, store, settings.model_copy(update={"device": "cpu", "threads": 1}))
 
 
 def apart(one: np.ndarray, other: np.ndarray) -> float:

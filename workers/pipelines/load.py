@@ -173,6 +173,11 @@ def check_folder(folder: Path) -> Family:
     for part in WITH_WEIGHTS:
         if part in wanted:
             check_weights(folder / part)
+    channels = _json(folder / "unet", "config.json").get("in_channels", 4)
+    if channels != 4:
+        raise InvalidModel(
+            f"{folder.name}/unet/config.json: a UNet of {channels} input channels; inpainting works with those of 4"
+        )
     return family
 
 
