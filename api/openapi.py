@@ -12,7 +12,16 @@ from api import parameters
 from api.errors import MEDIA_TYPE
 from api.examples import NDJSON
 from api.middleware import OPEN
-from api.schemas import AdapterBody, BatchBody, CheckpointBody, KeyBody, PriorityBody, ProblemDocument, VaeBody
+from api.schemas import (
+    AdapterBody,
+    BatchBody,
+    CheckpointBody,
+    ControlNetBody,
+    KeyBody,
+    PriorityBody,
+    ProblemDocument,
+    VaeBody,
+)
 from farm.jobspec import JobSpec
 
 DESCRIPTION = """\
@@ -24,6 +33,7 @@ DOCUMENTED: tuple[type[BaseModel], ...] = (
     AdapterBody,
     BatchBody,
     CheckpointBody,
+    ControlNetBody,
     JobSpec,
     KeyBody,
     PriorityBody,

@@ -86,6 +86,12 @@ class VaeBody(ModelBody):
     variant: Annotated[str, Field(pattern=r"^\w{1,30}$")] | None = None
 
 
+class ControlNetBody(ModelBody):
+    """A ControlNet to register. `family` is the one it is made for, where several would take it."""
+
+    variant: Annotated[str, Field(pattern=r"^\w{1,30}$")] | None = None
+
+
 class AdapterBody(ModelBody):
     """A LoRA to register. Without `kind` it is a style, unless the farm knows the repository for an acceleration."""
 

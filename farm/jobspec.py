@@ -11,6 +11,22 @@ MAX_COUNT = 10_000
 MAX_STEPS = 100
 MAX_CONTROLS = 4
 
+Scheduler = Literal[
+    "lcm",
+    "ddim",
+    "ddpm",
+    "deis",
+    "dpmpp-2m",
+    "dpmpp-2m-karras",
+    "dpmpp-2m-sde",
+    "euler",
+    "euler-a",
+    "heun",
+    "pndm",
+    "unipc",
+]
+"""`lcm` goes with LCM-LoRA, the others with acceleration none."""
+
 
 class AdapterSpec(BaseModel):
     """An adapter by name; `weight` within -10..10, 1 if absent."""
@@ -59,7 +75,7 @@ class JobSpec(BaseModel):
     height: Annotated[int, Field(ge=8, le=8192, multiple_of=8)] | None = None
     steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] | None = None
     guidance_scale: Annotated[float, Field(ge=0, le=30, allow_inf_nan=False)] | None = None
-    scheduler: Literal["lcm", "ddim", "euler", "euler-a", "dpmpp-2m"] | None = None
+    scheduler: Scheduler | None = None
     image: UploadHash | None = None
     strength: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
     mask: UploadHash | None = None

@@ -23,7 +23,7 @@ from sqlalchemy.orm import Mapped, mapped_column
 from farm import upload_models  # noqa: F401  # its tables belong to the metadata
 from farm.schema import EMPTY_ARRAY, EMPTY_OBJECT, NOW, QUEUED, RUNNING, Base, Xid8
 
-SCHEMA_VERSION = "0008"
+SCHEMA_VERSION = "0009"
 """The Alembic revision this code was written for; a process refuses any other."""
 
 READY = text("head_run_at IS NOT NULL AND NOT paused AND NOT cancelling")
@@ -70,7 +70,7 @@ class Model(Base):
     source: Mapped[dict[str, Any]] = mapped_column(server_default=EMPTY_OBJECT)
     created_at: Mapped[datetime] = mapped_column(server_default=NOW)
     __table_args__ = (
-        CheckConstraint("kind IN ('checkpoint', 'vae', 'acceleration', 'style')", name="kind"),
+        CheckConstraint("kind IN ('checkpoint', 'vae', 'controlnet', 'acceleration', 'style')", name="kind"),
         CheckConstraint("state IN ('pending', 'available', 'refused')", name="state"),
     )
 
@@ -116,7 +116,7 @@ class Registration(Base):
     created_at: Mapped[datetime] = mapped_column(server_default=NOW)
     finished_at: Mapped[datetime | None]
     __table_args__ = (
-        CheckConstraint("kind IN ('checkpoint', 'vae', 'acceleration', 'style')", name="kind"),
+        CheckConstraint("kind IN ('checkpoint', 'vae', 'controlnet', 'acceleration', 'style')", name="kind"),
         CheckConstraint(
             "state IN ('waiting', 'fetching', 'checking', 'storing', 'testing', 'available', 'refused')", name="state"
         ),

@@ -240,7 +240,7 @@ class RegistrationView(View):
 
     id: UUID
     name: str
-    kind: Literal["checkpoint", "vae", "acceleration", "style"]
+    kind: Literal["checkpoint", "vae", "controlnet", "acceleration", "style"]
     source: str
     state: Literal["waiting", "fetching", "checking", "storing", "testing", "available", "refused"]
     reason: str | None = None

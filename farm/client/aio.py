@@ -25,6 +25,7 @@ from farm.views import (
     AdapterView,
     BatchView,
     CheckpointView,
+    ControlNetView,
     DryRun,
     Event,
     JobView,
@@ -246,6 +247,9 @@ class AsyncFarm:
 
     async def vaes(self) -> list[VaeView]:
         return await self._request(calls.vaes())
+
+    async def controlnets(self) -> list[ControlNetView]:
+        return await self._request(calls.controlnets())
 
     async def register(self, kind: ModelKind, name: str, source: str, **wanted: Any) -> RegistrationView:
         """Ask for a model from the hub or S3; `wanted` as the API takes it: family, variant, profile."""

@@ -17,6 +17,7 @@ from farm.views import (
     AdapterView,
     BatchView,
     CheckpointView,
+    ControlNetView,
     DryRun,
     ImageLink,
     JobView,
@@ -40,7 +41,7 @@ Row = str | Mapping[str, Any]
 Rows = Iterable[Row]
 AsyncRows = Rows | AsyncIterable[Row]
 Id = UUID | str
-ModelKind = Literal["checkpoint", "vae", "style", "acceleration", "adapter"]
+ModelKind = Literal["checkpoint", "vae", "controlnet", "style", "acceleration", "adapter"]
 """What a model is registered as; an `adapter` is a style unless the farm knows its repository for an acceleration."""
 States = JobState | str | Sequence[JobState | str]
 
@@ -272,12 +273,16 @@ def vaes() -> Call[list[VaeView]]:
     return Call("GET", f"{API}/vaes", items(VaeView))
 
 
+def controlnets() -> Call[list[ControlNetView]]:
+    return Call("GET", f"{API}/controlnets", items(ControlNetView))
+
+
 def register(kind: ModelKind, name: str, source: str, wanted: Mapping[str, Any]) -> Call[RegistrationView]:
     """Not repeatable: the second would find the name in use."""
     given = {key: value for key, value in wanted.items() if value is not None}
     if kind in {"style", "acceleration"}:
         given["kind"] = kind
-    noun = {"checkpoint": "checkpoints", "vae": "vaes"}.get(kind, "adapters")
+    noun = {"checkpoint": "checkpoints", "vae": "vaes", "controlnet": "controlnets"}.get(kind, "adapters")
     body = orjson.dumps({"name": name, "source": source, **given})
     return Call("POST", f"{API}/{noun}", view(RegistrationView), body=body, headers=JSON, repeatable=False)
 

@@ -24,6 +24,7 @@ from farm.views import (
     AdapterView,
     BatchView,
     CheckpointView,
+    ControlNetView,
     DryRun,
     Event,
     JobView,
@@ -267,6 +268,9 @@ class Farm:
 
     def vaes(self) -> list[VaeView]:
         return self._request(calls.vaes())
+
+    def controlnets(self) -> list[ControlNetView]:
+        return self._request(calls.controlnets())
 
     def register(self, kind: ModelKind, name: str, source: str, **wanted: Any) -> RegistrationView:
         """Ask for a model from the hub or S3; `wanted` as the API takes it: family, variant, profile."""

@@ -21,7 +21,7 @@ from farm.recipe import Recipe
 from workers.pipelines.engine import Engine
 
 from .conftest import farm_settings, go_on, recipe
-from .test_against_diffusers import STOCK, same
+from .test_against_diffusers import PLAIN, same, scheduler_of
 
 SIZE = 64
 
@@ -71,7 +71,7 @@ def by_diffusers(folder: Path, recipes: Sequence[Recipe]) -> list[np.ndarray]:
     options: dict[str, Any] = {"add_watermarker": False} if first.checkpoint == "sdxl" else {"safety_checker": None}
     pipe = PIPES[first.checkpoint, first.task].from_pretrained(folder, local_files_only=True, **options)
     pipe.set_progress_bar_config(disable=True)
-    pipe.scheduler = STOCK[first.scheduler].from_config(pipe.scheduler.config)
+    pipe.scheduler = scheduler_of(first.scheduler, pipe.scheduler.config)
     given: dict[str, Any] = {"image": [Image.fromarray(PICTURES[str(one.image)]) for one in recipes]}
     if first.mask:
         given["mask_image"] = [Image.fromarray(PICTURES[str(one.mask)]) for one in recipes]
@@ -94,7 +94,7 @@ def test_img2img_with_lcm(engine: Engine, sd_folder: Path, strength: float) -> N
     same(drawn(engine, recipes), by_diffusers(sd_folder, recipes))
 
 
-@pytest.mark.parametrize("scheduler", ["ddim", "euler", "euler-a", "dpmpp-2m"])
+@pytest.mark.parametrize("scheduler", PLAIN)
 def test_img2img_with_plain_schedulers(engine: Engine, sd_folder: Path, scheduler: str) -> None:
     recipes = [img2img(n, image, 0.6, scheduler=scheduler, steps=7, guidance_scale=3.0) for n, image in enumerate("ab")]
     same(drawn(engine, recipes), by_diffusers(sd_folder, recipes))
@@ -106,7 +106,7 @@ def test_inpainting_with_lcm(engine: Engine, sd_folder: Path, strength: float) -
     same(drawn(engine, recipes), by_diffusers(sd_folder, recipes))
 
 
-@pytest.mark.parametrize("scheduler", ["ddim", "euler", "euler-a", "dpmpp-2m"])
+@pytest.mark.parametrize("scheduler", PLAIN)
 @pytest.mark.parametrize("strength", [0.5, 1.0])
 def test_inpainting_with_plain_schedulers(engine: Engine, sd_folder: Path, scheduler: str, strength: float) -> None:
     recipes = [inpaint(strength=strength, scheduler=scheduler, steps=6, guidance_scale=3.0)]

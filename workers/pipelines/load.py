@@ -174,9 +174,11 @@ def check_folder(folder: Path) -> Family:
         if part in wanted:
             check_weights(folder / part)
     channels = _json(folder / "unet", "config.json").get("in_channels", 4)
-    if channels != 4:
+    latent = _json(folder / "vae", "config.json").get("latent_channels", 4)
+    if channels != latent:
         raise InvalidModel(
-            f"{folder.name}/unet/config.json: a UNet of {channels} input channels; inpainting works with those of 4"
+            f"{folder.name}/unet/config.json: a UNet of {channels} input channels for latents of {latent}: made for "
+            "inpainting alone; its base model inpaints as well"
         )
     return family
 

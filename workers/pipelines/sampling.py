@@ -11,22 +11,39 @@ from typing import Any, ClassVar
 import torch
 from diffusers import (
     DDIMScheduler,
+    DDPMScheduler,
+    DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
     LCMScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
 )
 from torch import Tensor
 
 from farm.errors import InvalidModel, InvalidRequest
 
+DPMPP = {"algorithm_type": "dpmsolver++", "solver_order": 2}
+
 STOCK: dict[str, tuple[Any, dict[str, Any]]] = {
     "ddim": (DDIMScheduler, {}),
+    "ddpm": (DDPMScheduler, {}),
+    "deis": (DEISMultistepScheduler, {}),
+    "dpmpp-2m": (DPMSolverMultistepScheduler, DPMPP),
+    "dpmpp-2m-karras": (DPMSolverMultistepScheduler, {**DPMPP, "use_karras_sigmas": True}),
+    "dpmpp-2m-sde": (DPMSolverMultistepScheduler, {**DPMPP, "algorithm_type": "sde-dpmsolver++"}),
     "euler": (EulerDiscreteScheduler, {}),
     "euler-a": (EulerAncestralDiscreteScheduler, {}),
-    "dpmpp-2m": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "solver_order": 2}),
+    "heun": (HeunDiscreteScheduler, {}),
+    "pndm": (PNDMScheduler, {"skip_prk_steps": True}),
+    "unipc": (UniPCMultistepScheduler, {}),
 }
 """diffusers' own schedulers and what makes each the sampler of that name."""
+
+NOISY = ("ddpm", "dpmpp-2m-sde", "euler-a")
+"""Those that add noise at every step: each image's comes from its own generator."""
 
 SCHEDULERS = ("lcm", *STOCK)
 
@@ -163,7 +180,7 @@ class Stock(Sampler):
         if hasattr(self._scheduler, "set_begin_index"):
             self._scheduler.set_begin_index(begin)
         # Schedulers without noise of their own take no generator.
-        self._noisy = isinstance(self._scheduler, EulerAncestralDiscreteScheduler)
+        self._noisy = name in NOISY
         self._noise: Noise | None = None
         self._first: Tensor | None = None
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from farm.families import latents_of
 from farm.modelfiles import FoundModel
-from farm.recipe import AdapterUse, Recipe
+from farm.recipe import AdapterUse, ControlUse, Recipe
 from farm.registrations import Claim
 from farm.views import CheckpointView, VaeView
 from workers.pictures import Pixels
@@ -38,6 +38,8 @@ def trial(
         return None, [f"no picture was rendered with it: there is no checkpoint of family {found.family} yet"]
     if claim.kind == "vae":
         return _recipe(base.hash, base.profile, vae=found.hash), []
+    if claim.kind == "controlnet":
+        return _recipe(base.hash, base.profile, controls=(ControlUse(hash=found.hash, image=DRAWN),)), []
     use = AdapterUse(hash=found.hash, weight=1.0)
     if claim.kind == "acceleration":
         return _recipe(base.hash, base.profile, scheduler="lcm", acceleration=use), []
