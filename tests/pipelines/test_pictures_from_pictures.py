@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    AutoencoderTiny,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionXLImg2ImgPipeline,
@@ -66,10 +67,10 @@ PIPES: dict[tuple[str, str], Any] = {
 }
 
 
-def by_diffusers(folder: Path, recipes: Sequence[Recipe]) -> list[np.ndarray]:
+def by_diffusers(folder: Path, recipes: Sequence[Recipe], **parts: Any) -> list[np.ndarray]:
     first = recipes[0]
     options: dict[str, Any] = {"add_watermarker": False} if first.checkpoint == "sdxl" else {"safety_checker": None}
-    pipe = PIPES[first.checkpoint, first.task].from_pretrained(folder, local_files_only=True, **options)
+    pipe = PIPES[first.checkpoint, first.task].from_pretrained(folder, local_files_only=True, **options, **parts)
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = scheduler_of(first.scheduler, pipe.scheduler.config)
     given: dict[str, Any] = {"image": [Image.fromarray(PICTURES[str(one.image)]) for one in recipes]}
@@ -121,6 +122,19 @@ def test_sdxl(engine: Engine, sdxl_folder: Path, scheduler: str, guidance: float
         [inpaint(0, strength=0.7, **more), inpaint(1, "b", strength=0.7, **more)],
     ):
         same(drawn(engine, recipes), by_diffusers(sdxl_folder, recipes))
+
+
+def test_a_tiny_vae_encodes_without_drawing(sd_folder: Path, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    widths = (8, 8, 8, 8)
+    tiny = AutoencoderTiny(
+        encoder_block_out_channels=widths, decoder_block_out_channels=widths, num_encoder_blocks=(1, 1, 1, 1),
+        num_decoder_blocks=(1, 1, 1, 1),
+    )  # fmt: skip
+    tiny.save_pretrained(tmp_path, safe_serialization=True)
+    engine = Engine(farm_settings(), {"sd": sd_folder, "tiny": tmp_path}.__getitem__)
+    for recipes in ([img2img(vae="tiny", strength=0.5)], [inpaint(vae="tiny", strength=0.6)]):
+        same(drawn(engine, recipes), by_diffusers(sd_folder, recipes, vae=tiny))
 
 
 def test_what_the_mask_leaves_alone_comes_back_pixel_by_pixel(engine: Engine) -> None:
