@@ -77,7 +77,8 @@ def upload(model: type[BaseModel], examples: dict[str, Any]) -> dict[str, Any]:
 
 def picture(types: Sequence[str]) -> dict[str, Any]:
     """The same for a body that is a picture of one of these types."""
-    content = {kind: {"schema": {"type": "string", "format": "binary"}} for kind in types}
+    example = {"a file": {"summary": "the bytes of the file as they are", "value": "(binary)"}}
+    content = {kind: {"schema": {"type": "string", "format": "binary"}, "examples": example} for kind in types}
     return {"requestBody": {"required": True, "content": content}}
 
 

@@ -74,7 +74,7 @@ def test_every_route_wants_its_scope(api: Api) -> None:
             return {"admin", "jobs:read", "jobs:write"}
         if path.startswith(("/keys", "/registrations")):
             return {"admin"}
-        if method == "POST" and path in {"/checkpoints", "/vaes", "/adapters"}:
+        if method == "POST" and path in {"/checkpoints", "/vaes", "/controlnets", "/adapters"}:
             return {"admin"}
         return {"jobs:read" if method == "GET" else "jobs:write"}
 
