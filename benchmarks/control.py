@@ -72,7 +72,7 @@ def alignment(found: Sequence[Mask], meant: Sequence[Mask], tolerance: int) -> d
 
 
 def _share(part: int, whole: int) -> float | None:
-    return round(part / whole, 4) if whole else None
+    return round(int(part) / int(whole), 4) if whole else None
 
 
 def rendered(
