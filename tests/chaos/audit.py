@@ -8,15 +8,16 @@ from sqlalchemy import Connection, text
 from farm.states import TRANSITIONS
 
 _TABLES = """
-CREATE TABLE chaos_wrongs (at timestamptz NOT NULL DEFAULT clock_timestamp(), invariant text NOT NULL, what text NOT NULL);
-CREATE TABLE chaos_moves (at timestamptz NOT NULL DEFAULT clock_timestamp(), job_id uuid, old text, new text, attempt int);
+CREATE TABLE chaos_wrongs (at timestamptz DEFAULT clock_timestamp(), invariant text NOT NULL, what text NOT NULL);
+CREATE TABLE chaos_moves (at timestamptz DEFAULT clock_timestamp(), job_id uuid, old text, new text, attempt int);
 """
 
 _ON_JOBS = """
 CREATE FUNCTION chaos_on_jobs() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     IF OLD.state = 'succeeded' THEN
-        INSERT INTO chaos_wrongs (invariant, what) VALUES ('I3', format('job %s had succeeded and was changed', OLD.id));
+        INSERT INTO chaos_wrongs (invariant, what)
+        VALUES ('I3', format('job %s had succeeded and was changed', OLD.id));
     END IF;
     IF OLD.state <> NEW.state THEN
         INSERT INTO chaos_moves (job_id, old, new, attempt) VALUES (NEW.id, OLD.state, NEW.state, NEW.attempt);

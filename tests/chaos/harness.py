@@ -1,14 +1,12 @@
 """One farm for one row of the suite: its database, bucket and processes, its client, and who watches them."""
 
-import os
 import random
 import shutil
 import signal
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -141,6 +139,8 @@ class Chaos:
         self.pictures = not real
         self.blocked = 0.0
         """Seconds for which a row keeps everybody, the sweeper too, from the database's rows."""
+        self.worker_settings: dict[str, Any] = {}
+        """What workers started from now on are set to beside the farm's settings."""
         self._real = real
         self.database = Database(self.settings, pool_size=4)
         self.store = Store(self.settings)
@@ -205,7 +205,7 @@ class Chaos:
         """Start a worker, which nobody restarts."""
         made = uuid.uuid4()
         part = "engine" if self._real else "worker"
-        process = self._spawn(part, faults, changes, {"FARM_WORKER_ID": str(made)})
+        process = self._spawn(part, faults, self.worker_settings | changes, {"FARM_WORKER_ID": str(made)})
         worker = Worker(made, process)
         with self._lock:
             self.workers.append(worker)
@@ -361,17 +361,6 @@ class Chaos:
         outcomes = conn.execute(text("SELECT outcome, count(*) AS n FROM attempts GROUP BY 1"))
         for row in outcomes:
             self.figures.add(f"attempts {row.outcome}", row.n)
-
-
-@contextmanager
-def broken(service: Any, seconds: float) -> Iterator[None]:
-    """A server frozen while the block runs, `seconds` at least."""
-    os.kill(service.pid, signal.SIGSTOP)
-    try:
-        yield
-        time.sleep(seconds)
-    finally:
-        os.kill(service.pid, signal.SIGCONT)
 
 
 def spread(total: int, pieces: int) -> Iterable[int]:

@@ -1,9 +1,9 @@
 """The six invariants, as questions to the database and the object store.
 
-I1 every accepted job ends terminal. I2 exactly one image per job that succeeded, sha256 of row = object = key, and it is
-the picture of that job's seed. I3 no change by a stale attempt. I4 attempts stay within their limits, and a poisonous
-job is isolated with its cause. I5 no attempt runs past its lease and two sweeps. I6 counters of batches and projects
-equal recomputed sums. (What I6 says of webhooks belongs into `at_the_end`, beside the counters.)
+I1 every accepted job ends terminal. I2 exactly one image per job that succeeded, sha256 of row = object = key, and it
+is the picture of that job's seed. I3 no change by a stale attempt. I4 attempts stay within their limits, and a
+poisonous job is isolated with its cause. I5 no attempt runs past its lease and two sweeps. I6 counters of batches and
+projects equal recomputed sums. (What I6 says of webhooks belongs into `at_the_end`, beside the counters.)
 """
 
 import hashlib
@@ -87,12 +87,14 @@ _LIMITS = text("""
 """)
 
 _FAILED = text("""
-    SELECT j.id, r.body ->> 'prompt' AS prompt, j.error_code, j.error_message FROM jobs j JOIN recipes r ON r.job_id = j.id
+    SELECT j.id, r.body ->> 'prompt' AS prompt, j.error_code, j.error_message
+    FROM jobs j JOIN recipes r ON r.job_id = j.id
     WHERE j.state = 'failed'
 """)
 
 _PICTURES = text("""
-    SELECT i.job_id, i.key, i.thumbnail_key, i.sha256, i.bytes, r.body FROM images i JOIN recipes r ON r.job_id = i.job_id
+    SELECT i.job_id, i.key, i.thumbnail_key, i.sha256, i.bytes, r.body
+    FROM images i JOIN recipes r ON r.job_id = i.job_id
 """)
 
 

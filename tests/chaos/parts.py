@@ -66,17 +66,16 @@ def run(part: str, faults: Faults, history: Path | None) -> int:
                 return api.main.main()
             case "sweeper":
                 return _sweeper()
-            case "worker":
-                told = None if history is None else History(history, f"worker {os.environ['FARM_WORKER_ID']}")
-                worker_main.run(lambda settings, fetch: Renderer(settings, fetch, told, faults))
             case "engine":
                 worker_main.run()
-        raise ValueError(f"the farm has no part {part!r}")
+            case _:
+                told = None if history is None else History(history, f"worker {os.environ['FARM_WORKER_ID']}")
+                worker_main.run(lambda settings, fetch: Renderer(settings, fetch, told, faults))
     except Exception:  # noqa: BLE001  # the end of a process: its log says why
         with suppress(OSError):
             traceback.print_exc()
             sys.stderr.flush()
-        return 1
+    return 1
 
 
 def _sweeper() -> int:

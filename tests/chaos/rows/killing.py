@@ -20,7 +20,9 @@ def kill_workers(chaos: Chaos, *, jobs: int, kills: int, workers: int = 4) -> No
         chaos.client.submit(some)
         due += KILL_EVERY
         time.sleep(max(0.0, due - time.monotonic()))
-        chaos.kill(chaos.random.choice(chaos.until(chaos.alive)))
+        # Every other one while it holds jobs, or starting processes would take most of the kills.
+        holding = chaos.holding() if chaos.random.random() < 0.5 else []
+        chaos.kill(chaos.random.choice(holding or chaos.until(chaos.alive)))
     chaos.until_done(60 + jobs * 0.1)
 
 
