@@ -17,6 +17,7 @@ from farm import doorbell, jobs
 from farm.jobs import running
 from farm.queries import claiming, finishing
 from farm.storage import Store
+from tests.chaos.clock import set_wrong
 from workers.executor import Executor
 
 BOUNDARIES = (
@@ -49,6 +50,8 @@ class Faults:
     """Most open files of the process; 0 leaves what it has."""
     full_disk: bool = False
     """Files of this process cannot grow, and its log goes to a device that is full."""
+    clock: float = 0.0
+    """Seconds by which the process's wall clock is ahead."""
     nameless: Path | None = None
     """While this file exists no host name is resolved."""
 
@@ -65,6 +68,8 @@ def arm(faults: Faults) -> None:
         # A write past the limit raises in Python, as one to a full disk does, once its signal is ignored.
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    if faults.clock:
+        set_wrong(faults.clock)
     if faults.nameless is not None:
         _no_names(faults.nameless)
 
@@ -139,7 +144,8 @@ def _no_patience() -> None:
     for name in ("_EXPIRED", "_END_CLAIMS"):
         statement = str(getattr(finishing, name))
         assert "lease_until < :now" in statement, "the lease is checked elsewhere now: switch it off there"
-        setattr(finishing, name, text(statement.replace("lease_until < :now", "CAST(:now AS timestamptz) IS NOT NULL")))
+        late = "lease_until < greatest(:now, CAST('infinity' AS timestamptz))"
+        setattr(finishing, name, text(statement.replace("lease_until < :now", late)))
 
 
 def _no_names(flag: Path) -> None:

@@ -6,7 +6,8 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -61,6 +62,8 @@ class Worker:
     id: UUID
     process: Process
     killed_at: float | None = None
+    told_at: float = 0.0
+    """When it was asked to leave."""
     frozen: bool = False
 
 
@@ -288,6 +291,18 @@ class Chaos:
             self.until(lambda: self.backlog() == 0, seconds)
         except TimeoutError:
             self.history.write("not done", counts=self.counts())
+
+    @contextmanager
+    def changed_schema(self) -> Iterator[None]:
+        """While the block runs the database says that another release has migrated it."""
+        with self.database.transaction() as conn:
+            before = conn.scalar(text("SELECT version_num FROM alembic_version"))
+            conn.execute(text("UPDATE alembic_version SET version_num = 'chaos'"))
+        try:
+            yield
+        finally:
+            with self.database.transaction() as conn:
+                conn.execute(text("UPDATE alembic_version SET version_num = :before"), {"before": before})
 
     # Verdicts
 

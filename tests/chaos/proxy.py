@@ -9,7 +9,7 @@ import time
 from contextlib import suppress
 from http.client import HTTPConnection, HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Literal
+from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
 Trouble = Literal["", "busy", "full", "expired", "gone", "slow", "cut"]
@@ -39,7 +39,7 @@ class Proxy:
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
 
-    def __enter__(self) -> "Proxy":
+    def __enter__(self) -> Self:
         threading.Thread(target=self._server.serve_forever, name="proxy", daemon=True).start()
         return self
 

@@ -3,6 +3,7 @@
 import time
 from statistics import quantiles
 from threading import Event, Thread
+from typing import Self
 
 from tests.chaos.harness import Chaos
 
@@ -18,7 +19,7 @@ class Trickle:
         self._thread = Thread(target=self._run, name="trickle", daemon=True)
         self._error: Exception | None = None
 
-    def __enter__(self) -> "Trickle":
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 

@@ -1,5 +1,6 @@
 """R13: the suite tests itself. With one safety device switched off it has to find something wrong, each time."""
 
+import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ def switch_off(make: Make) -> list[Violation]:
     """R13. Fence, sweeper, lease: what the suite fails to notice is a violation."""
     cases: dict[str, tuple[Callable[[Chaos], None], set[str]]] = {
         "nothing": (_all_on, set()),
-        "fence": (_without_fence, {"I3"}),
+        "fence": (_without_fence, {"I3", "I6"}),
         "sweeper": (_without_sweeper, {"I1", "I5"}),
         "renewal of leases": (_without_renewal, {"I1", "I4"}),
         "end of leases": (_without_patience, {"I3"}),
@@ -60,11 +61,11 @@ def _without_fence(chaos: Chaos) -> None:
     chaos.keep(1, slow)
     chaos.client.submit(4)
     frozen = chaos.until(chaos.holding)[0]
-    frozen.process.send(19)
+    frozen.process.send(signal.SIGSTOP)
     chaos.until(lambda: chaos.ask("SELECT 1 FROM attempts WHERE outcome = 'crashed'"), 30)
     chaos.keep(2, Faults(step_seconds=1, without="fence"))
     chaos.until(lambda: chaos.counts().get("running"), 30)
-    frozen.process.send(18)
+    frozen.process.send(signal.SIGCONT)
     chaos.until(lambda: chaos.violations, 30)
 
 

@@ -27,7 +27,7 @@ def trouble_the_broker(
 ) -> None:
     """R3. The broker is killed and comes back empty, is down, frozen, full, emptied, and filled with garbage.
 
-    `down`: seconds for which it is away once. `each`: how often it has each of the other troubles, `pause` seconds long.
+    `down`: seconds for which it is away once. `each`: how often it has each of the other troubles, for `pause` seconds.
     """
     broker = chaos.servers.valkey
     assert broker is not None
@@ -42,7 +42,7 @@ def trouble_the_broker(
             time.sleep(every)
         trickle.phase = "gone"
         crash(broker, signal.SIGKILL)
-        gone_at = chaos.ask("SELECT clock_timestamp() AS t")[0].t
+        gone_at = chaos.ask("SELECT clock_timestamp() AS moment")[0].moment
         time.sleep(down)
         moved = chaos.ask("SELECT count(*) AS n FROM chaos_moves WHERE at > :at AND new = 'succeeded'", at=gone_at)[0].n
         revive(chaos, broker)

@@ -22,7 +22,7 @@ def trouble_s3(chaos: Chaos, *, jobs: int, delay: float, lasting: float, rounds:
         # Only the workers go this way: what is stored is judged without it.
         chaos.worker_settings = {"s3_endpoint_url": proxy.url}
         chaos.keep(3, Faults(step_seconds=0.02))
-        pieces = rounds * (len(TROUBLES) + 1)
+        pieces = rounds * (len(TROUBLES) + 1) + 1
         for _ in range(rounds):
             for trouble in TROUBLES:
                 chaos.client.submit(jobs // pieces)
@@ -37,7 +37,7 @@ def trouble_s3(chaos: Chaos, *, jobs: int, delay: float, lasting: float, rounds:
             revive(chaos, store)
             chaos.figures.add("s3 kills")
         proxy.trouble, proxy.share = "busy", errors
-        chaos.client.submit(jobs - pieces * (jobs // pieces))
+        chaos.client.submit(jobs - (pieces - 1) * (jobs // pieces))
         chaos.until_done(120 + delay * 4 + jobs * 0.1)
         chaos.figures.add("spoilt requests", proxy.spoilt)
         chaos.keep(0)
