@@ -1,17 +1,17 @@
-"""A wall clock that is wrong, for one process. Monotonic time stays right, as on a machine whose clock was set wrongly."""
+"""A wall clock that is wrong, for one process. Monotonic time stays right, as where a clock was set wrongly."""
 
-import datetime
+import datetime as dt
 import sys
 import time
 from typing import Any
 
-_right = datetime.datetime
+_right = dt.datetime
 _time = time.time
 
 
 def set_wrong(seconds: float) -> None:
     """From now on every module of this process that is loaded reads a wall clock that is `seconds` ahead."""
-    by = datetime.timedelta(seconds=seconds)
+    by = dt.timedelta(seconds=seconds)
 
     class Meta(type):
         def __instancecheck__(cls, instance: object) -> bool:
@@ -24,14 +24,14 @@ def set_wrong(seconds: float) -> None:
 
         @classmethod
         def utcnow(cls) -> Any:
-            return _right.now(datetime.UTC).replace(tzinfo=None) + by
+            return _right.now(dt.UTC).replace(tzinfo=None) + by
 
     def wrong_time() -> float:
         return _time() + seconds
 
-    for module in list(sys.modules.values()):
+    for module in (module for module in list(sys.modules.values()) if module is not sys.modules[__name__]):
         for name, value in list(vars(module).items()):
             if value is _right:
                 setattr(module, name, Wrong)
-            elif value is _time and module is not sys.modules[__name__]:
+            elif value is _time:
                 setattr(module, name, wrong_time)

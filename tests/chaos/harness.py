@@ -221,6 +221,10 @@ class Chaos:
             self._wanted = [faults] * count
         self._refill()
 
+    def ready(self) -> None:
+        """Wait until every worker takes work."""
+        self.until(lambda: all(one.process.said(" ready ") for one in self.alive()) and self.alive(), 90, "ready")
+
     def _spawn(self, part: str, faults: Faults, changes: dict[str, Any], more: dict[str, str]) -> Process:
         with self._lock:
             self._logs += 1

@@ -61,7 +61,7 @@ class Process:
         self._process.join(30)
 
     def said(self, words: str) -> bool:
-        return words in self.log.read_text(errors="replace")
+        return self.log.exists() and words in self.log.read_text(errors="replace")
 
 
 def become(part: str, environment: dict[str, str], log: Path, faults: Faults, history: Path | None) -> None:

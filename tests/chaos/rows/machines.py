@@ -21,6 +21,7 @@ def mix_machines(chaos: Chaos, *, jobs: int) -> None:
         if not held:
             chaos.fail("a worker whose clock is wrong took no work: the row tried nothing")
     chaos.keep(3)
+    chaos.ready()
     chaos.client.submit(jobs)
     with chaos.changed_schema():
         stranger = chaos.worker()

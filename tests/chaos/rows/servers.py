@@ -32,6 +32,7 @@ def trouble_the_broker(
     broker = chaos.servers.valkey
     assert broker is not None
     chaos.keep(3)
+    chaos.ready()
     with Trickle(chaos) as trickle:
         time.sleep(normal)
         trickle.phase = "restarts"
@@ -129,6 +130,7 @@ def trouble_postgres(chaos: Chaos, *, crashes: int, cutting: float, lock: float)
     server = chaos.servers.postgres
     assert server is not None
     chaos.keep(3)
+    chaos.ready()
     with Trickle(chaos) as trickle:
         for _ in range(crashes):
             trickle.phase = "crashes"
