@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +28,12 @@ IDLE_IN_TRANSACTION_TIMEOUT_MS = 60_000
 class Database:
     """Connections of one process. Threads may share it; a process that forks must not."""
 
-    def __init__(self, settings: Settings, *, pool_size: int | None = None) -> None:
+    def __init__(
+        self, settings: Settings, *, pool_size: int | None = None, idle_limit: timedelta | None = None
+    ) -> None:
+        """`idle_limit`: how long a transaction may lie idle before Postgres ends it; a minute unless given."""
         size = pool_size or settings.database_pool_size
+        idle_ms = round(idle_limit / timedelta(milliseconds=1)) if idle_limit else IDLE_IN_TRANSACTION_TIMEOUT_MS
         self.url = driver_url(settings.database_url.get_secret_value())
         self.engine: Engine = create_engine(
             self.url,
@@ -43,7 +48,7 @@ class Database:
                 "keepalives_interval": 5,
                 "keepalives_count": 3,
                 "options": f"-c statement_timeout={STATEMENT_TIMEOUT_MS} -c lock_timeout={LOCK_TIMEOUT_MS}"
-                f" -c idle_in_transaction_session_timeout={IDLE_IN_TRANSACTION_TIMEOUT_MS} -c timezone=UTC",
+                f" -c idle_in_transaction_session_timeout={idle_ms} -c timezone=UTC",
             },
         )
 
