@@ -6,6 +6,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from psycopg.errors import IdleInTransactionSessionTimeout
 from sqlalchemy import Connection, Engine, create_engine, exc, make_url, text
 from sqlalchemy.engine import URL
 
@@ -64,7 +65,8 @@ class Database:
         except (exc.OperationalError, exc.InterfaceError, exc.TimeoutError) as error:
             raise Unavailable(f"Postgres: {_reason(error)}") from error
         except exc.DBAPIError as error:
-            if error.connection_invalidated:
+            # Ended by Postgres in between two statements: not a disconnect to the driver, and gone all the same.
+            if error.connection_invalidated or isinstance(error.orig, IdleInTransactionSessionTimeout):
                 raise Unavailable(f"Postgres: {_reason(error)}") from error
             raise
 

@@ -349,14 +349,9 @@ class Chaos:
             thread.join(30)
         found = self._along()
         with self.database.transaction() as conn:
-            found += invariants.at_the_end(
-                conn,
-                self.store,
-                self.settings,
-                accepted=self.client.accepted,
-                poison=self.poison,
-                pictures=self.pictures,
-            )
+            found += invariants.at_the_end(conn, self.settings, accepted=self.client.accepted, poison=self.poison)
+        found += invariants.check_pictures(self.database, self.store, pictures=self.pictures)
+        with self.database.transaction() as conn:
             known = {violation.what for violation in self.violations}
             self.violations += [violation for violation in found if violation.what not in known]
             self._measure(conn)

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 from sqlalchemy import Connection, text
 
+from farm.db import Database
 from farm.errors import FarmError
 from farm.recipe import Recipe
 from farm.settings import Settings
@@ -120,13 +121,8 @@ def all_along(conn: Connection, settings: Settings, *, accepted: int, slack: tim
     return found
 
 
-def at_the_end(
-    conn: Connection, store: Store, settings: Settings, *, accepted: int, poison: Iterable[str], pictures: bool
-) -> list[Violation]:
-    """What must hold once everything has ended. `poison`: words of prompts that may fail, and must.
-
-    `pictures`: whether a stub rendered, so that each picture's pixels are known.
-    """
+def at_the_end(conn: Connection, settings: Settings, *, accepted: int, poison: Iterable[str]) -> list[Violation]:
+    """What must hold once everything has ended. `poison`: words of prompts that may fail, and must."""
     found = []
     open_jobs = conn.execute(text("SELECT id, state FROM jobs WHERE finished_at IS NULL LIMIT 20")).all()
     found += [Violation("I1", f"job {row.id} is still {row.state}") for row in open_jobs]
@@ -148,11 +144,13 @@ def at_the_end(
         Violation("I3", f"job {row.id} is {row.state} in attempt {row.attempt}; {row.succeeded} attempts succeeded")
         for row in conn.execute(_ENDS)
     ]
-    return found + _check_pictures(conn, store, pictures=pictures)
+    return found
 
 
-def _check_pictures(conn: Connection, store: Store, *, pictures: bool) -> list[Violation]:
-    rows = conn.execute(_PICTURES).all()
+def check_pictures(database: Database, store: Store, *, pictures: bool) -> list[Violation]:
+    """Every stored picture against its row. `pictures`: whether a stub rendered, so that its pixels are known."""
+    with database.transaction() as conn:
+        rows = conn.execute(_PICTURES).all()
     with ThreadPoolExecutor(8) as threads:
         return [found for found in threads.map(lambda row: _wrong_picture(row, store, pictures), rows) if found]
 
