@@ -38,6 +38,8 @@ from workers.registering.registrar import Registrar
 from workers.tasks import register
 
 AGAIN_SECONDS = 1.0
+LOOK_SECONDS = 0.5
+"""How late a signal may be heard."""
 LAST_WORD_SECONDS = 2.0
 """How long Celery may take to say goodbye to Flower."""
 CLOCK_TOLERANCE = timedelta(minutes=10)
@@ -113,7 +115,9 @@ def _serve(
     hearing.start()
     lease.ready()
     log.info("ready", pool=settings.pool, device=renderer.device, dtype=renderer.dtype, version=__version__)
-    leaving.requested.wait()
+    # Never for ever: Python runs the handler of a signal that arrives on the brink of a wait only after that wait.
+    while not leaving.requested.wait(LOOK_SECONDS):
+        pass
     executor.drain()
     registrar.give_back()
     hearing.join(LAST_WORD_SECONDS)
