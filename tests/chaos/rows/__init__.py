@@ -94,7 +94,7 @@ ROWS: dict[str, Row] = {
         ci={"waves": 3},
         large={"waves": 50},
         # A lease that a busy machine keeps: whoever leaves in order loses nothing to the sweeper.
-        settings={"lease": timedelta(seconds=10)},
+        settings={"lease": timedelta(seconds=10), "grace": timedelta(seconds=12)},
     ),
     "R11": Row(
         "clocks off by an hour, two sweepers, another schema",
