@@ -109,7 +109,7 @@ def run_row(name: str, row: Row, servers: Servers, folder: Path, *, size: Size, 
         recovery=round(max(chaos.figures.recoveries), 2) if chaos.figures.recoveries else None,
         bound=chaos.bound,
         violations=chaos.violations,
-        history=str(chaos.history_path),
+        history=chaos.history_path.name,
     )
     report.write(folder / "report.json")
     return report
