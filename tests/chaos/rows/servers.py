@@ -134,13 +134,17 @@ def trouble_postgres(chaos: Chaos, *, crashes: int, cutting: float, lock: float)
     with Trickle(chaos) as trickle:
         for _ in range(crashes):
             trickle.phase = "crashes"
-            victim = chaos.until(chaos.holding)[0]
-            chaos.kill(victim)
+            chaos.kill(chaos.until(chaos.holding)[0])
             crash(server, signal.SIGQUIT)
             time.sleep(1)
             revive(chaos, server)
-            # Nobody could take its jobs back before: the bound counts from here.
-            back = victim.killed_at = time.time()
+            back = time.time()
+            # Nobody could take jobs back before, and nobody may until the server was up for a lease: the bound counts
+            # from the last start, for every victim whose jobs are still held.
+            held = {row.worker_id for row in chaos.ask("SELECT worker_id FROM claims WHERE closed_at IS NULL")}
+            for worker in chaos.workers:
+                if worker.killed_at is not None and worker.id in held:
+                    worker.killed_at = back
             chaos.until(lambda back=back: _moved(chaos, back), 60, "work goes on after a restart")  # type: ignore[misc]
             chaos.figures.recoveries.append(time.time() - back)
             chaos.figures.add("postgres crashes")
