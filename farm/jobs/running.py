@@ -207,8 +207,10 @@ def rescue(conn: Connection, *, settings: Settings, now: datetime | None = None,
     found = finishing.expired(conn, worker=worker, lease=settings.lease, limit=RESCUED_AT_ONCE, now=now)
     if not found:
         return 0
-    rows = finishing.lock_jobs(conn, {row["job_id"] for row in found})
-    ended = finishing.end_claims(conn, {row["id"] for row in found}, worker=worker, now=now)
+    # Never waits for a lock: a worker that froze inside a transaction would keep everybody else's jobs from returning.
+    rows = finishing.lock_jobs(conn, {row["job_id"] for row in found}, wait=False)
+    locked = {row["id"] for row in found if row["job_id"] not in rows}
+    ended = finishing.end_claims(conn, {row["id"] for row in found} - locked, worker=worker, now=now)
     moves = []
     for row in found:
         job = rows.get(row["job_id"])

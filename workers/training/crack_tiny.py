@@ -55,6 +55,7 @@ class Settings:
     distil_steps: int = 1_200
     distil_rate: float = 4e-4
     distil_batch: int = 16
+    distil_skip: int = 4
     bf16: bool = True
 
 
@@ -146,7 +147,7 @@ class Recipe:
             unet,
             diffusion.scheduler(),
             batch,
-            recipe=distill.Recipe(),
+            recipe=distill.Recipe(skip=self.settings.distil_skip),
             plan=self.plan(self.settings.distil_steps, self.settings.distil_rate, 2),
             checkpoint=self.work / "distil.pt",
             bf16=self.settings.bf16,

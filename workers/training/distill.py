@@ -31,11 +31,14 @@ Batch = Callable[[np.random.Generator], tuple[Tensor, Tensor, Tensor]]
 class Recipe:
     """What is distilled: `solver` teacher timesteps, guidance `low`..`high` baked in.
 
-    `low` and `high` count from zero as in the paper: w = 2 is a pipeline guidance of 3.
+    `low` and `high` count from zero as in the paper: w = 2 is a pipeline guidance of 3. `skip` is how many of the
+    solver's timesteps the teacher jumps at once. What is right near the clean end reaches the noisy one jump by jump,
+    so a teacher that is as good in a dozen steps teaches four times as fast in jumps of four.
     """
 
     rank: int = 16
     solver: int = 50
+    skip: int = 1
     low: float = 1.0
     high: float = 3.0
     huber: float = 0.001
@@ -64,7 +67,7 @@ def parts(kind: str, latents: Tensor, guess: Tensor, signal: Tensor, sigma: Tens
 
 @dataclass(frozen=True, slots=True)
 class Solver:
-    """A DDIM solver that skips: `steps` of the schedule's timesteps, evenly spaced.
+    """A DDIM solver that skips: `steps` of the schedule's timesteps, evenly spaced, `skip` of them a jump.
 
     `alphas` (timesteps,) are cumulative products in host memory, `kind` is the prediction type.
     """
@@ -72,6 +75,7 @@ class Solver:
     alphas: Tensor
     kind: str
     steps: int
+    skip: int = 1
 
     @property
     def stride(self) -> int:
@@ -111,7 +115,7 @@ def consistency(
         x0, _ = parts(solver.kind, latents, student(latents, times), signal, sigma)
         return skip * latents + out * x0
 
-    end = (draw.start - solver.stride).clamp(min=0)
+    end = (draw.start - solver.skip * solver.stride).clamp(min=0)
     signal, sigma = solver.roots(draw.start, clean)
     noisy = signal * clean + sigma * draw.noise
     with torch.no_grad():
@@ -149,7 +153,7 @@ def fit(
     """Train an adapter on `unet`, in place; the UNet's own weights stay as they are."""
     torch.manual_seed(plan.seed)
     attach(unet, recipe.rank)
-    solver = Solver(schedule.alphas_cumprod, schedule.config.prediction_type, recipe.solver)
+    solver = Solver(schedule.alphas_cumprod, schedule.config.prediction_type, recipe.solver, recipe.skip)
 
     def guess_of(latents: Tensor, times: Tensor, states: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
