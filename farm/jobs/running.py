@@ -129,7 +129,8 @@ def claim(
     if claiming.claim_exists(conn, claim_id):
         return _claimed(claim_id, claiming.claimed_before(conn, claim_id), more=True)
     now = now or claiming.database_now(conn)
-    full = limits.full_projects(conn)
+    room = limits.room(conn)
+    full = [project for project, left in room.items() if left <= 0]
     rows = claiming.candidates(conn, pool=pool, worker=worker, warm=warm, full=full, random=random, now=now)
     by_segment = {row["segment"]: row for row in rows}
     policy = Policy(settings.affinity_bound, limit, workers=max(1, rows[0]["workers"]) if rows else 1)
@@ -144,7 +145,8 @@ def claim(
             overdue = now - choice.ready_since > settings.affinity_bound
             prefer = None if overdue or choice.adapter_set is not None else warm.lanes.get(choice.lane)
             taken, short = take_one_set(conn, by_segment[choice.segment], place, prefer)
-        taken = limits.startable(conn, taken)
+        if room:
+            taken = limits.startable(conn, taken)
         if taken:
             started = claiming.start(conn, claim=claim_id, worker=worker, ids=taken, lease=settings.lease, now=now)
         if short:

@@ -318,7 +318,7 @@ def test_a_mixed_claim_costs_the_same_statements_whatever_the_queue_holds(queue:
 
     queue.submit(styled(20))
     few = statements()
-    assert few <= 17, "at most one for each job, and nine more"
+    assert few <= 16, "at most one for each job, and eight more"
     queue.submit(styled(2000))
     for _ in range(100):
         queue.submit(styled(1))
