@@ -8,9 +8,11 @@ KEY := $(shell { cat pyproject.toml constraints.txt; echo '$(CURDIR)'; } | sha25
 STAMP := $(VENV)/.installed-$(KEY)
 # Tests start their own servers; more processes than two cores only make them slower.
 PYTEST_WORKERS ?= 2
+# Rows of the chaos suite that run at a time: most of them wait most of the time.
+CHAOS_ROWS ?= 4
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format up down clean
+.PHONY: help install demo test chaos lint format up down clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z.]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -31,6 +33,9 @@ demo: $(STAMP)  ## render four pictures through the whole farm
 
 test: lint  ## everything: linters, types, import contracts, all tests on real servers
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadgroup
+
+chaos: $(STAMP)  ## the chaos suite at its CI size: kill, freeze, empty, fill and lie (8 minutes on two free cores)
+	$(BIN)/python -m benchmarks.chaos --size ci --parallel $(CHAOS_ROWS)
 
 lint: $(STAMP)  ## linters, formatting, types, import contracts
 	$(BIN)/ruff check .

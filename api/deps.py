@@ -27,6 +27,7 @@ SMALL_BYTES = 1024 * 1024
 SMALL_AT_ONCE = 8
 LARGE_AT_ONCE = 2
 WATCHING_AT_ONCE = 2
+LOOKING_AT_ONCE = 2
 """Submissions checked at once. Checking is bound by the interpreter lock: more large ones would only take turns, and
 small ones must not wait behind them."""
 
@@ -67,6 +68,7 @@ class Farm:
         self._leaving = CapacityLimiter(size)
         self._small = CapacityLimiter(SMALL_AT_ONCE)
         self._large = CapacityLimiter(LARGE_AT_ONCE)
+        self._looking = CapacityLimiter(LOOKING_AT_ONCE)
 
     def close_streams(self) -> None:
         """Let event streams end, from any thread or signal handler; clients come back by Last-Event-ID."""
@@ -90,6 +92,10 @@ class Farm:
     async def checking(self, call: Callable[[], T], size: int) -> T:
         """Run the check of a submission of `size` bytes."""
         return await anyio.to_thread.run_sync(call, limiter=self._small if size <= SMALL_BYTES else self._large)
+
+    async def looking(self, call: Callable[[], T]) -> T:
+        """Look at an uploaded picture: each takes as much memory as its pixels."""
+        return await anyio.to_thread.run_sync(call, limiter=self._looking)
 
     def tell(self, notices: Notices) -> None:
         """After a commit: what others must learn. Never blocks, never raises."""

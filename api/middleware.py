@@ -19,6 +19,7 @@ from farm.settings import Settings
 
 API = "/api/v1"
 BATCHES = f"{API}/batches"
+UPLOADS = f"{API}/uploads"
 OPEN = frozenset({f"{API}/health/live", f"{API}/health/ready"})
 """The only paths that answer without a key. Unknown paths do not: nothing is told apart from outside."""
 
@@ -167,6 +168,8 @@ class _Body:
 
 
 def _limit(path: str, headers: Headers, settings: Settings) -> int:
+    if path == UPLOADS:
+        return settings.max_image_bytes
     if path != BATCHES:
         return min(SMALL_BODY_BYTES, settings.max_body_bytes)
     return settings.max_upload_bytes if media_type(headers) in NDJSON else settings.max_body_bytes

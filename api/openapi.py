@@ -1,5 +1,6 @@
 """The OpenAPI document: what FastAPI derives, plus request bodies, problem answers and keys, which are ours."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -15,6 +16,7 @@ from api.schemas import (
     AdapterBody,
     BatchBody,
     CheckpointBody,
+    ControlNetBody,
     KeyBody,
     LimitsBody,
     PriorityBody,
@@ -23,7 +25,7 @@ from api.schemas import (
     WebhookBody,
     WebhookChange,
 )
-from farm.submission import JobSpec
+from farm.jobspec import JobSpec
 
 DESCRIPTION = """\
 Submit jobs, watch batches, fetch pictures. Every route but the health checks needs an API key, as
@@ -34,6 +36,7 @@ DOCUMENTED: tuple[type[BaseModel], ...] = (
     AdapterBody,
     BatchBody,
     CheckpointBody,
+    ControlNetBody,
     JobSpec,
     KeyBody,
     LimitsBody,
@@ -77,6 +80,13 @@ def upload(model: type[BaseModel], examples: dict[str, Any]) -> dict[str, Any]:
     lines = {"schema": {"type": "string"}, "examples": {"one job a line": {"value": NDJSON}}}
     extra["requestBody"]["content"]["application/x-ndjson"] = lines
     return extra | {"parameters": parameters.documented()}
+
+
+def picture(types: Sequence[str]) -> dict[str, Any]:
+    """The same for a body that is a picture of one of these types."""
+    example = {"a file": {"summary": "the bytes of the file as they are", "value": "(binary)"}}
+    content = {kind: {"schema": {"type": "string", "format": "binary"}, "examples": example} for kind in types}
+    return {"requestBody": {"required": True, "content": content}}
 
 
 def install(app: FastAPI) -> None:

@@ -11,7 +11,7 @@ from api.schemas import Text
 from farm import jsontext
 from farm.errors import InvalidRequest, Problem
 from farm.fields import Labels, words_of
-from farm.submission import JobSpec
+from farm.jobspec import JobSpec
 
 PROPERTIES: dict[str, dict[str, Any]] = {
     name: schema for name, schema in JobSpec.model_json_schema()["properties"].items() if name not in {"prompt", "seed"}

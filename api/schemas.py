@@ -7,7 +7,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, Ski
 
 from farm.errors import InvalidRequest
 from farm.families import Profile
-from farm.fields import Labels, Moment
+from farm.fields import Labels, Moment, UploadHash
 from farm.states import JobState
 
 Text = Annotated[str, Field(max_length=200, pattern=r"^[^\x00]*$")]
@@ -82,6 +82,12 @@ class CheckpointBody(ModelBody):
 
 class VaeBody(ModelBody):
     """A VAE to register. `family` is the one whose latents it decodes, where its configuration does not tell."""
+
+    variant: Annotated[str, Field(pattern=r"^\w{1,30}$")] | None = None
+
+
+class ControlNetBody(ModelBody):
+    """A ControlNet to register. `family` is the one it is made for, where several would take it."""
 
     variant: Annotated[str, Field(pattern=r"^\w{1,30}$")] | None = None
 
@@ -169,6 +175,15 @@ class Listing(Paging):
             problem = "a label has one value, so nothing can carry two"
             raise InvalidRequest("the request is not valid", problems=[{"field": "label", "problem": problem}])
         return labels
+
+
+class UploadListing(BaseModel):
+    """Which uploads to list."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    cursor: UploadHash | None = Field(None, description="`next_cursor` of the page before.")
+    limit: int = Field(50, ge=1, le=500, description="Most items on the page.")
 
 
 class JobListing(Listing):

@@ -1,7 +1,7 @@
 """From a request to a stored batch and its answer: what both submitting routes share."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Annotated, Any
@@ -18,6 +18,7 @@ from farm import jobs
 from farm.catalogue import Catalogue
 from farm.queries.claiming import database_now
 from farm.submission import Prepared, prepare
+from farm.uploads import Known, Size, sizes
 from farm.views import BatchView, JobView
 
 JSON = "application/json"
@@ -80,14 +81,23 @@ class Submission:
 
 @dataclass(frozen=True)
 class Moment:
-    """What a submission is checked against: the models there are, and the database's clock."""
+    """What a submission is checked against: the models there are, the database's clock, the project's uploads."""
 
     known: Catalogue
     now: datetime
+    uploads: Known
 
     @classmethod
-    def of(cls, conn: Connection, farm: Farm) -> "Moment":
-        return cls(farm.catalogue.load(conn), database_now(conn))
+    def of(cls, conn: Connection, farm: Farm, project_id: UUID, *, lasting: bool) -> "Moment":
+        """`lasting`: the check goes on after this transaction, so uploads are looked up in others."""
+
+        def ask(hashes: Collection[str]) -> dict[str, Size]:
+            if not lasting:
+                return sizes(conn, project_id, hashes)
+            with farm.database.transaction() as own:
+                return sizes(own, project_id, hashes)
+
+        return cls(farm.catalogue.load(conn), database_now(conn), Known(ask))
 
     def check(self, submission: Submission, farm: Farm) -> Prepared:
         """Everything checked, and spooled for COPY. Raises InvalidRequest with the first hundred problems."""
@@ -99,6 +109,7 @@ class Moment:
             name=submission.name,
             now=self.now,
             labels=submission.labels,
+            uploads=self.uploads,
         )
 
 

@@ -6,7 +6,7 @@ painted pictures, whose truth is known, and refuses to go on below `NEEDED`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,15 +69,9 @@ def read_wall(picture: Picture) -> str:
 
 def read_direction(picture: Picture) -> str:
     """The direction of the long dark lines together, or "none" if no line is long and deep enough."""
-    side = min(picture.shape[:2])
-    depth = depths(picture)
     turn, total = 0j, 0.0
-    for group in components(depth < LINE):
+    for group in _lines(picture):
         length = float(np.hypot(*np.ptp(group, axis=0)))
-        if length < LONG * side or len(group) > 0.25 * length * side:
-            continue
-        if np.quantile(depth[group[:, 0], group[:, 1]], 0.1) > DEEP:
-            continue
         _, values, axes = np.linalg.svd(group - group.mean(axis=0), full_matrices=False)
         if values[1] > 0.75 * values[0]:
             continue
@@ -89,6 +83,26 @@ def read_direction(picture: Picture) -> str:
         return "none"
     angle = abs(np.degrees(np.angle(turn)) / 2)
     return "horizontal" if angle < 22.5 else "vertical" if angle > 67.5 else "diagonal"
+
+
+def read_crack(picture: Picture) -> NDArray[np.bool_]:
+    """Where the long dark lines run: bool (height, width)."""
+    found = np.zeros(picture.shape[:2], bool)
+    for group in _lines(picture):
+        found[group[:, 0], group[:, 1]] = True
+    return found
+
+
+def _lines(picture: Picture) -> Iterator[NDArray[np.int64]]:
+    """Dark lines long and deep enough for a crack, as rows and columns (n, 2)."""
+    side = min(picture.shape[:2])
+    depth = depths(picture)
+    for group in components(depth < LINE):
+        length = float(np.hypot(*np.ptp(group, axis=0)))
+        if length < LONG * side or len(group) > 0.25 * length * side:
+            continue
+        if np.quantile(depth[group[:, 0], group[:, 1]], 0.1) <= DEEP:
+            yield group
 
 
 def depths(picture: Picture) -> Plane:

@@ -14,9 +14,10 @@ from farm.errors import Conflict, NotFound, Problem
 from farm.families import latents_of
 from farm.modelfiles import FoundModel, read_adapter, read_checkpoint
 from farm.queries import models as rows
-from farm.recipe import IN_PIPELINE_KEY, AdapterUse, adapter_set_of, digest, lane_of, normal
+from farm.recipe import AdapterUse, adapter_set_of, lane_of, normal, pipeline_key_of
+from farm.tasks import Task, Use, in_order
 from farm.tokens import TokenCounter
-from farm.views import AdapterView, CheckpointView, VaeView
+from farm.views import AdapterView, CheckpointView, ControlNetView, VaeView
 
 DEFAULT_CHECKPOINT = "crack-tiny"
 DEFAULT_ACCELERATION = "crack-tiny-lcm"
@@ -25,7 +26,7 @@ ASSETS = Path(__file__).parent / "assets" / "crack-tiny"
 CONTENT_TOKENS = 75
 """CLIP reads 77 tokens, its start and end marks among them."""
 ADAPTERS = ("acceleration", "style")
-EVERY = ("checkpoint", "vae", *ADAPTERS)
+EVERY = ("checkpoint", "vae", "controlnet", *ADAPTERS)
 ORIGIN = ("source", "revision", "file_sha256")
 """What a registered model knows of its origin, as far as pictures tell it on."""
 OWN, TINY = "own", "tiny"
@@ -74,6 +75,7 @@ class Catalogue:
     checkpoints: Mapping[str, CheckpointView]
     adapters: Mapping[str, AdapterView]
     vaes: Mapping[str, VaeView] = field(default_factory=dict)
+    controlnets: Mapping[str, ControlNetView] = field(default_factory=dict)
     tokens: Callable[[str, str], int | None] = field(default=lambda _checkpoint, _prompt: None)
 
     def too_long(self, checkpoint: str, prompt: str) -> bool:
@@ -95,6 +97,7 @@ class Catalogue:
         guidance_scale: float | None,
         scheduler: str | None,
         vae: str | None = None,
+        task: Task = Task(),  # noqa: B008  # frozen
     ) -> Resolved | list[Problem]:
         """Names to hashes and defaults from the profile, or every problem found."""
         base = self.checkpoints.get(checkpoint)
@@ -105,32 +108,30 @@ class Catalogue:
         uses = self._uses(adapters, base, problems)
         accelerated = acceleration == "lcm-lora"
         accelerator = self._accelerator(base, problems) if accelerated else None
+        controls = self._controls(task.controls, base, problems)
         decoder = self._vae(vae or profile.get("vae") or OWN, base, problems)
         if accelerated and scheduler not in (None, "lcm"):
             problem = f"acceleration lcm-lora needs scheduler lcm, not {scheduler}; or set acceleration to none"
             problems.append({"field": "scheduler", "problem": problem})
-        size = {"width": width or profile["width"], "height": height or profile["height"]}
-        low, high = profile.get("min_size", 64), profile.get("max_size", 2048)
-        for name, value in size.items():
-            multiple = profile.get("size_multiple", 8)
-            if not low <= value <= high or value % multiple:
-                problem = f"{base.name} renders {low}..{high} pixels in steps of {multiple}, not {value}"
-                problems.append({"field": name, "problem": problem})
-        if problems:
-            return problems
+        size = _size(base, width, height, problems)
         teacher = {"steps": profile.get("teacher_steps", TEACHER_STEPS)}
         teacher["guidance_scale"] = profile.get("teacher_guidance_scale", TEACHER_GUIDANCE)
         defaults = profile if accelerated else teacher
+        number = steps if steps is not None else int(defaults["steps"])
         body: dict[str, Any] = {
             "version": 1,
-            "task": "txt2img",
+            **task.body(number, problems),
             **size,
-            "steps": steps if steps is not None else int(defaults["steps"]),
+            "steps": number,
             "guidance_scale": normal(guidance_scale if guidance_scale is not None else defaults["guidance_scale"]),
             "scheduler": scheduler or ("lcm" if accelerated else "ddim"),
             "checkpoint": base.hash,
             "adapters": uses,
         }
+        if problems:
+            return problems
+        if controls:
+            body["controls"] = controls
         if decoder is not None:
             body["vae"] = decoder.hash
         if accelerator is not None:
@@ -140,20 +141,23 @@ class Catalogue:
             warnings.append("LCM-LoRA tends to oversaturate beyond 8 steps")
         if accelerated and body["guidance_scale"] > 2.5:
             warnings.append("LCM-LoRA is made for guidance_scale 1.0 to 2.5")
+        nets = [self.controlnets[name] for name in dict.fromkeys(use.name for use in task.controls)]
         named = [self.adapters[name] for name, _ in adapters]
         names: dict[str, Any] = {
             "checkpoint": base.name,
             "adapters": [{"name": name, "weight": normal(weight)} for name, weight in adapters],
             "acceleration": acceleration,
-            "models": _origins(base, decoder, accelerator, *named),
+            "models": _origins(base, decoder, accelerator, *named, *nets),
         }
         if decoder is not None:
             names["vae"] = decoder.name
+        if nets:
+            names["controlnets"] = {net.hash: net.name for net in nets}
         return Resolved(
             body=body,
-            lane=lane_of(body),
+            lane=lane_of({**body, "controls": in_order(controls)} if controls else body),
             adapter_set=adapter_set_of(uses),
-            pipeline_key=digest({key: body[key] for key in IN_PIPELINE_KEY if key in body}),
+            pipeline_key=pipeline_key_of(body),
             names_json=orjson.dumps(names).replace(b"\\", b"\\\\"),
             warnings=tuple(warnings),
         )
@@ -178,6 +182,22 @@ class Catalogue:
             else:
                 uses.append(AdapterUse(hash=adapter.hash, weight=weight).model_dump())
         return sorted(uses, key=lambda use: str(use["hash"]))
+
+    def _controls(self, asked: Sequence[Use], base: CheckpointView, problems: list[Problem]) -> list[dict[str, Any]]:
+        """Controls in the order they were asked for, without their images."""
+        uses: list[dict[str, Any]] = []
+        for index, use in enumerate(asked):
+            net = self.controlnets.get(use.name)
+            where = f"controls.{index}.name"
+            if net is None:
+                problems.append({"field": where, "problem": _unknown("ControlNet", use.name, self.controlnets)})
+            elif net.family != base.family:
+                problem = f"{use.name} is made for {net.family}, but {base.name} is {base.family}"
+                problems.append({"field": where, "problem": problem})
+            else:
+                shares = {"weight": normal(use.weight), "start": normal(use.start), "end": normal(use.end)}
+                uses.append({"hash": net.hash, **shares})
+        return uses
 
     def _vae(self, name: str, base: CheckpointView, problems: list[Problem]) -> VaeView | None:
         latents = latents_of(base.family)
@@ -207,23 +227,36 @@ class Catalogue:
         return next((a for a in found if a.name == named), min(found, key=lambda a: a.created_at))
 
 
+def _size(base: CheckpointView, width: int | None, height: int | None, problems: list[Problem]) -> dict[str, int]:
+    profile = base.profile
+    size = {"width": width or profile["width"], "height": height or profile["height"]}
+    low, high, multiple = profile.get("min_size", 64), profile.get("max_size", 2048), profile.get("size_multiple", 8)
+    for name, value in size.items():
+        if not low <= value <= high or value % multiple:
+            problem = f"{base.name} renders {low}..{high} pixels in steps of {multiple}, not {value}"
+            problems.append({"field": name, "problem": problem})
+    return size
+
+
 def load(conn: Connection, store: ObjectStore | None = None) -> Catalogue:
     """The catalogue as of now. With a store, prompts can be counted in tokens."""
-    checkpoints, adapters, vaes = {}, {}, {}
+    checkpoints, adapters, vaes, controlnets = {}, {}, {}, {}
     for row in rows.available(conn):
         if row["kind"] == "checkpoint":
             checkpoints[row["name"]] = CheckpointView(**row)
         elif row["kind"] == "vae":
             vaes[row["name"]] = _vae_view(row)
+        elif row["kind"] == "controlnet":
+            controlnets[row["name"]] = ControlNetView(**row)
         else:
             adapters[row["name"]] = AdapterView(**row)
     if store is None:
-        return Catalogue(checkpoints, adapters, vaes)
+        return Catalogue(checkpoints, adapters, vaes, controlnets)
     tokenizers = rows.tokenizer_files(conn, [view.hash for view in checkpoints.values()])
     keys: dict[str, dict[str, str]] = {}
     for row in tokenizers:
         keys.setdefault(row["hash"], {})[row["path"]] = row["key"]
-    return Catalogue(checkpoints, adapters, vaes, TokenCounter(keys, store.get).count)
+    return Catalogue(checkpoints, adapters, vaes, controlnets, TokenCounter(keys, store.get).count)
 
 
 class Kept:
@@ -256,6 +289,11 @@ def list_adapters(conn: Connection) -> list[AdapterView]:
 def list_vaes(conn: Connection) -> list[VaeView]:
     """Every registered VAE, by name."""
     return [_vae_view(row) for row in rows.every(conn, ["vae"])]
+
+
+def list_controlnets(conn: Connection) -> list[ControlNetView]:
+    """Every registered ControlNet, by name."""
+    return [ControlNetView(**row) for row in rows.every(conn, ["controlnet"])]
 
 
 def files(conn: Connection, content_hash: str) -> list[ModelFile]:
@@ -328,7 +366,7 @@ def _vae_view(row: RowMapping) -> VaeView:
     return VaeView(**row, tiny=bool(row["profile"].get("tiny")))
 
 
-def _origins(*models: CheckpointView | AdapterView | VaeView | None) -> list[dict[str, Any]]:
+def _origins(*models: CheckpointView | AdapterView | VaeView | ControlNetView | None) -> list[dict[str, Any]]:
     """What a picture's metadata says of the registered models behind it: name, sha256, and where they came from.
 
     The model that comes with the package came from nowhere else; its sha256 stands in the recipe like everybody's.

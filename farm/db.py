@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from psycopg.errors import IdleInTransactionSessionTimeout
 from sqlalchemy import Connection, Engine, create_engine, exc, make_url, text
 from sqlalchemy.engine import URL
 
@@ -27,8 +29,12 @@ IDLE_IN_TRANSACTION_TIMEOUT_MS = 60_000
 class Database:
     """Connections of one process. Threads may share it; a process that forks must not."""
 
-    def __init__(self, settings: Settings, *, pool_size: int | None = None) -> None:
+    def __init__(
+        self, settings: Settings, *, pool_size: int | None = None, idle_limit: timedelta | None = None
+    ) -> None:
+        """`idle_limit`: how long a transaction may lie idle before Postgres ends it; a minute unless given."""
         size = pool_size or settings.database_pool_size
+        idle_ms = round(idle_limit / timedelta(milliseconds=1)) if idle_limit else IDLE_IN_TRANSACTION_TIMEOUT_MS
         self.url = driver_url(settings.database_url.get_secret_value())
         self.engine: Engine = create_engine(
             self.url,
@@ -43,7 +49,7 @@ class Database:
                 "keepalives_interval": 5,
                 "keepalives_count": 3,
                 "options": f"-c statement_timeout={STATEMENT_TIMEOUT_MS} -c lock_timeout={LOCK_TIMEOUT_MS}"
-                f" -c idle_in_transaction_session_timeout={IDLE_IN_TRANSACTION_TIMEOUT_MS} -c timezone=UTC",
+                f" -c idle_in_transaction_session_timeout={idle_ms} -c timezone=UTC",
             },
         )
 
@@ -59,7 +65,8 @@ class Database:
         except (exc.OperationalError, exc.InterfaceError, exc.TimeoutError) as error:
             raise Unavailable(f"Postgres: {_reason(error)}") from error
         except exc.DBAPIError as error:
-            if error.connection_invalidated:
+            # Ended by Postgres in between two statements: not a disconnect to the driver, and gone all the same.
+            if error.connection_invalidated or isinstance(error.orig, IdleInTransactionSessionTimeout):
                 raise Unavailable(f"Postgres: {_reason(error)}") from error
             raise
 

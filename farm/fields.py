@@ -66,6 +66,8 @@ Label = Annotated[str, StringConstraints(max_length=500), AfterValidator(_storab
 Labels = Annotated[dict[LabelKey, Label], at_most(MAX_LABELS), Field(max_length=MAX_LABELS)]
 Prompt = Annotated[str, StringConstraints(min_length=1, max_length=MAX_PROMPT), AfterValidator(_spoken)]
 NegativePrompt = Annotated[str, StringConstraints(max_length=MAX_PROMPT), AfterValidator(_storable)]
+UploadHash = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+"""The sha256 of an uploaded picture's bytes."""
 Moment = Annotated[AwareDatetime, Strict(False), AfterValidator(_in_utc), BeforeValidator(_written)]
 """A point in time with its zone, as text; held in UTC."""
 

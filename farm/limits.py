@@ -70,9 +70,9 @@ def refuse_full(conn: Connection, project: UUID) -> None:
         _refuse("queued_jobs", most, queued, None, _until(conn, project, queued + 1 - most), use)
 
 
-def full_projects(conn: Connection) -> list[UUID]:
-    """Projects of which nothing may be started now."""
-    return [project for project, left in rows.running_left(conn).items() if left <= 0]
+def room(conn: Connection) -> dict[UUID, int]:
+    """How many more jobs may run now of each project that has such a limit; mostly there is none."""
+    return rows.running_left(conn)
 
 
 def startable(conn: Connection, jobs: Sequence[UUID]) -> list[UUID]:

@@ -14,7 +14,7 @@ from uuid import UUID
 
 import structlog
 
-from farm import doorbell, jobs, telling
+from farm import doorbell, jobs, telling, uploads
 from farm.courier import Courier
 from farm.db import Database
 from farm.errors import FarmError
@@ -28,6 +28,7 @@ log = structlog.get_logger(__name__)
 FOLDED_AT_ONCE = 5_000
 SEGMENTS_AT_ONCE = 500
 OBJECTS_AT_ONCE = 500
+UPLOADS_AT_ONCE = 500
 ERROR_PAUSE_SECONDS = 1.0
 PULSE_SECONDS = 5.0
 LONGEST_TURN_SECONDS = 900.0
@@ -60,6 +61,7 @@ class Sweeper:
             Duty("turn", second, self.turn),
             Duty("delete", second, self.delete),
             Duty("objects", second * 5, self.objects),
+            Duty("uploads", second * 60, self.uploads),
             Duty("prune", second * 60, self.prune),
             Duty("recount", second * 60, self.recount),
         )
@@ -174,6 +176,13 @@ class Sweeper:
 
     def _objects_of(self, key: str) -> list[str]:
         return self.store.keys_below(key) if key.endswith("-") else [key]
+
+    def uploads(self) -> bool:
+        """Let go of pictures that people sent and no job has named for long."""
+        with self.database.transaction() as conn:
+            if not maintaining.try_duty(conn, 7):
+                return False
+            return uploads.forget_unused(conn, self.settings, UPLOADS_AT_ONCE) == UPLOADS_AT_ONCE
 
     def prune(self) -> bool:
         """Forget what nobody asks for any more."""

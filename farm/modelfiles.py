@@ -18,13 +18,14 @@ from farm.errors import InvalidModel
 from farm.families import PIPELINES, VAE_SCALES, Profile, family_of, profile_of
 from farm.safefile import Header, read_header
 
-Kind = Literal["checkpoint", "vae", "acceleration", "style"]
+Kind = Literal["checkpoint", "vae", "controlnet", "acceleration", "style"]
 
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 """The folders of a pipeline that rendering needs; a safety checker is left behind."""
 ADAPTER_PARTS = ("unet", "text_encoder", "text_encoder_one", "text_encoder_2", "text_encoder_two")
 """Folders in which PEFT, and DiffEngine through it, put the parts of an adapter."""
 VAE_CLASSES = ("AutoencoderKL", "AutoencoderTiny")
+CONTROLNET_CLASS = "ControlNetModel"
 
 SMALL_SUFFIXES = (".json", ".txt")
 SMALL_BYTES = 16 * 1024 * 1024
@@ -81,10 +82,11 @@ def choose(listing: Mapping[str, int], kind: Kind, variant: str | None = None) -
     """
     if kind == "checkpoint":
         chosen = _checkpoint_files(listing, variant)
-    elif kind == "vae":
-        chosen = {"config.json": "config.json", **_weights(listing, "", variant)}
+    elif kind in {"vae", "controlnet"}:
         if "config.json" not in listing:
-            raise InvalidModel("config.json: this file is missing; a VAE's diffusers folder has it")
+            noun = "VAE" if kind == "vae" else "ControlNet"
+            raise InvalidModel(f"config.json: this file is missing; a {noun}'s diffusers folder has it")
+        chosen = {"config.json": "config.json", **_weights(listing, "", variant)}
     else:
         chosen = _adapter_files(listing)
     if variant and not any(f".{variant}" in path for path in chosen):
@@ -104,16 +106,21 @@ def list_folder(folder: Path) -> dict[str, int]:
     }
 
 
-def kind_of(path: Path) -> Literal["checkpoint", "original", "vae", "adapter"]:
-    """What lies here: a diffusers folder, a checkpoint in the original one-file layout, a VAE, or an adapter.
+def kind_of(path: Path) -> Literal["checkpoint", "original", "vae", "controlnet", "adapter"]:
+    """What lies here: a diffusers folder, a checkpoint in the original one-file layout, a VAE, a ControlNet's diffusers
+    folder, or an adapter.
 
     Raises InvalidModel when it is none of these.
     """
     if path.is_dir():
         if (path / "model_index.json").exists():
             return "checkpoint"
-        if (path / "config.json").exists() and str(read_json(path / "config.json").get("_class_name")) in VAE_CLASSES:
-            return "vae"
+        if (path / "config.json").exists():
+            name = str(read_json(path / "config.json").get("_class_name"))
+            if name in VAE_CLASSES:
+                return "vae"
+            if name == CONTROLNET_CLASS:
+                return "controlnet"
         return "adapter"
     if path.suffix in PICKLES:
         raise InvalidModel(f"{path.name}: this is a pickle; only safetensors files are accepted")
@@ -122,6 +129,8 @@ def kind_of(path: Path) -> Literal["checkpoint", "original", "vae", "adapter"]:
         return "original"
     if any(LORA.search(key) for key in keys):
         return "adapter"
+    if any(key.startswith(("control_model.", "controlnet_")) for key in keys):
+        raise InvalidModel(f"{path.name}: a ControlNet as one file; register its diffusers folder")
     if any(key.removeprefix("first_stage_model.").startswith("decoder.") for key in keys):
         return "vae"
     raise InvalidModel(
@@ -182,6 +191,14 @@ def read_vae(folder: Path, *, family: str | None = None, variant: str | None = N
         raise InvalidModel(f"config.json: scaling_factor is that of {told}, not of {family}")
     chosen = choose(list_folder(folder), "vae", variant)
     return _found(folder, chosen, str(family or told), {"tiny": kind == "AutoencoderTiny"})
+
+
+def read_controlnet(folder: Path, *, variant: str | None = None) -> FoundModel:
+    """A ControlNet's diffusers folder; its family is found with torch. Raises InvalidModel with file and reason."""
+    name = read_json(folder / "config.json").get("_class_name")
+    if name != CONTROLNET_CLASS:
+        raise InvalidModel(f"config.json: _class_name is {name}; {CONTROLNET_CLASS} is needed")
+    return _found(folder, choose(list_folder(folder), "controlnet", variant), "", {})
 
 
 def read_adapter(path: Path) -> FoundModel:

@@ -17,3 +17,12 @@ def image_key(project_id: UUID, job_id: UUID, attempt: int, sha256: str, ext: st
 def attempt_prefix(project_id: UUID, job_id: UUID, attempt: int) -> str:
     """What the keys of one attempt begin with; ends in `-`, as no key of an object does."""
     return image_key(project_id, job_id, attempt, "", "").removesuffix(".")
+
+
+def upload_key(project_id: UUID, sha256: str) -> str:
+    """Where a picture lies that a project sent.
+
+    >>> upload_key(UUID(int=1), "e3b0")
+    '00000000-0000-0000-0000-000000000001/uploads/e3/e3b0'
+    """
+    return f"{project_id}/uploads/{sha256[:2]}/{sha256}"

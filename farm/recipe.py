@@ -8,13 +8,14 @@ import hashlib
 from typing import Annotated, Any, Literal, Self
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 MAX_SEED = 2**53 - 1
 """Seeds are 0..2^53-1: every one of them survives JSON readers that keep numbers as doubles."""
 
-NOT_IN_LANE = ("prompt", "negative_prompt", "seed", "adapters")
-"""What jobs of one lane may differ in. Everything else a recipe holds, now or later, tells lanes apart."""
+NOT_IN_LANE = ("prompt", "negative_prompt", "seed", "adapters", "image", "mask", "strength", "controls")
+"""What jobs of one lane may differ in. Everything else a recipe holds, now or later, tells lanes apart. Of a strength
+the step at which it begins does count, and of controls everything but their images."""
 
 IN_PIPELINE_KEY = ("checkpoint", "vae", "acceleration", "adapters")
 """What makes two jobs share a loaded pipeline."""
@@ -34,13 +35,35 @@ class AdapterUse(BaseModel):
         return normal(value)
 
 
+class ControlUse(BaseModel):
+    """A ControlNet (content hash) following a picture (hash of an upload) at a weight, from the share `start` of the
+    denoising steps to the share `end`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    hash: str
+    image: str
+    weight: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] = 1.0
+    start: Annotated[float, Field(ge=0, le=1)] = 0.0
+    end: Annotated[float, Field(ge=0, le=1)] = 1.0
+
+    @field_validator("weight", "start", "end")
+    @classmethod
+    def _normal(cls, value: float) -> float:
+        return normal(value)
+
+
 class Recipe(BaseModel):
-    """Everything that fixes the pixels. Sizes in pixels; `checkpoint` and `vae` are content hashes (sha256, hex)."""
+    """Everything that fixes the pixels. Sizes in pixels; `checkpoint` and `vae` are content hashes (sha256, hex).
+
+    `image` and `mask` are hashes of uploads. `strength` (0..1) is how much of the image is drawn anew, `composite`
+    whether what the mask leaves alone comes back pixel by pixel.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     version: Literal[1] = 1
-    task: Literal["txt2img"] = "txt2img"
+    task: Literal["txt2img", "img2img", "inpaint"] = "txt2img"
     prompt: str
     negative_prompt: str = ""
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)]
@@ -53,16 +76,47 @@ class Recipe(BaseModel):
     vae: str | None = None
     acceleration: AdapterUse | None = None
     adapters: tuple[AdapterUse, ...] = ()
+    image: str | None = None
+    mask: str | None = None
+    strength: Annotated[float, Field(gt=0, le=1)] | None = None
+    composite: bool | None = None
+    controls: tuple[ControlUse, ...] | None = None
 
     @field_validator("guidance_scale")
     @classmethod
     def _normal(cls, value: float) -> float:
         return normal(value)
 
+    @field_validator("controls")
+    @classmethod
+    def _in_order(cls, value: tuple[ControlUse, ...] | None) -> tuple[ControlUse, ...] | None:
+        # None for no control at all: recipes from before there were any keep their hashes.
+        ordered = sorted(value or (), key=lambda use: (use.hash, use.weight, use.start, use.end, use.image))
+        return tuple(ordered) or None
+
     @field_validator("adapters")
     @classmethod
     def _sorted(cls, value: tuple[AdapterUse, ...]) -> tuple[AdapterUse, ...]:
         return tuple(sorted(value, key=lambda use: (use.hash, use.weight)))
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        wanted = {"txt2img": (), "img2img": ("image", "strength"), "inpaint": ("image", "mask", "strength")}[self.task]
+        for name in ("image", "mask", "strength"):
+            if (getattr(self, name) is None) == (name in wanted):
+                raise ValueError(f"{self.task} {'needs' if name in wanted else 'has no'} {name}")
+        return self
+
+    @property
+    def first_step(self) -> int:
+        """The denoising step it begins at, from 0."""
+        return 0 if self.strength is None else first_step(self.steps, self.strength)
+
+    @property
+    def pictures(self) -> frozenset[str]:
+        """The hashes of every picture it draws from."""
+        named = {self.image, self.mask, *(control.image for control in self.controls or ())}
+        return frozenset(hash_ for hash_ in named if hash_ is not None)
 
     def canonical(self) -> bytes:
         """UTF-8 JSON with sorted keys and without absent parts: equal recipes have equal bytes."""
@@ -86,8 +140,7 @@ class Recipe(BaseModel):
     @property
     def pipeline_key(self) -> str:
         """What makes two jobs share a loaded pipeline, 32 hex digits."""
-        body = self.model_dump(mode="json", exclude_none=True)
-        return digest({key: body[key] for key in IN_PIPELINE_KEY if key in body})
+        return pipeline_key_of(self.model_dump(mode="json", exclude_none=True))
 
     @classmethod
     def parse(cls, body: bytes | str | dict[str, Any]) -> Self:
@@ -111,7 +164,29 @@ def canonical_bytes(body: dict[str, Any]) -> bytes:
 
 def lane_of(body: dict[str, Any]) -> str:
     """The lane of a recipe given as a plain dict without absent parts, 32 hex digits."""
-    return digest({key: value for key, value in body.items() if key not in NOT_IN_LANE})
+    kept = {key: value for key, value in body.items() if key not in NOT_IN_LANE}
+    if "strength" in body:
+        kept["first_step"] = first_step(body["steps"], body["strength"])
+    if body.get("controls"):
+        kept["controls"] = [{key: use[key] for key in use if key != "image"} for use in body["controls"]]
+    return digest(kept)
+
+
+def pipeline_key_of(body: dict[str, Any]) -> str:
+    """What makes two jobs share a loaded pipeline, of a recipe given as a plain dict, 32 hex digits."""
+    key = {name: body[name] for name in IN_PIPELINE_KEY if name in body}
+    if body.get("controls"):
+        key["controlnets"] = sorted({use["hash"] for use in body["controls"]})
+    return digest(key)
+
+
+def first_step(steps: int, strength: float) -> int:
+    """The step at which a picture of this strength begins, as diffusers' image-to-image pipelines have it.
+
+    >>> first_step(4, 1.0), first_step(4, 0.8), first_step(50, 0.3), first_step(4, 0.2)
+    (0, 1, 35, 4)
+    """
+    return steps - min(int(steps * strength), steps)
 
 
 def adapter_set_of(uses: list[dict[str, Any]]) -> str:

@@ -69,6 +69,10 @@ class Settings(BaseSettings):
     """Largest JSON body of a batch; every other body may have 1 MiB."""
     max_upload_bytes: Positive = 4 * 1024**3
     """Largest NDJSON body; it is spooled to disk, never held in memory."""
+    max_image_bytes: Positive = 32 * 1024 * 1024
+    """Largest picture that is taken as an upload."""
+    max_image_pixels: Positive = 4096 * 4096
+    """Most pixels of one; it is refused before it is decoded."""
     body_silence: Seconds = timedelta(seconds=60)
     """How long a request body may make us wait for its next bytes."""
     body_time: Seconds = timedelta(hours=1)
@@ -143,6 +147,8 @@ class Settings(BaseSettings):
     """A worker whose memory passes this ends between two micro-batches and is started anew."""
     keep_deleted: Seconds = timedelta(minutes=10)
     """How long the objects of deleted jobs and lost attempts stay in S3."""
+    keep_uploads: Seconds = timedelta(days=7)
+    """How long an upload that no job names stays, counted from when it was last sent or named."""
 
     webhook_networks: str | None = None
     """Networks that webhooks may lead to beside the public internet, over http too: `10.1.0.0/16,127.0.0.0/8`. Unset

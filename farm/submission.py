@@ -12,72 +12,31 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime
 from types import TracebackType
-from typing import IO, Annotated, Any, Literal
+from typing import IO, Any
 from uuid import UUID
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
-from farm import jsontext
+from farm import jsontext, tasks
 from farm.catalogue import Catalogue, Resolved
 from farm.errors import InvalidRequest, Problem, TooLarge
-from farm.fields import MAX_FIELDS, Labels, Moment, Name, NegativePrompt, Prompt, at_most, problems_of, refuse_flood
+from farm.fields import problems_of, refuse_flood
 from farm.ids import new_id
+from farm.jobspec import JobSpec
 from farm.recipe import MAX_SEED, canonical_bytes
 from farm.settings import Settings
+from farm.uploads import Known, Size
 from farm.views import DryRun
 
 MAX_PROBLEMS = 100
 """Bad lines reported before a submission is refused."""
-MAX_COUNT = 10_000
-MAX_STEPS = 100
 SETS_APART = 8
 """Adapter sets of a batch that get a segment each in their lane; a sweep's further ones share one."""
+LOOKED_AT_ONCE = 500
+"""Jobs whose uploads are looked up together."""
 PROJECT = b"\x01"
 """Stands for the project's id in spooled rows, which hold no text of users."""
-
-SCHEDULERS = ("lcm", "ddim", "euler", "euler-a", "dpmpp-2m")
-
-
-class AdapterSpec(BaseModel):
-    """An adapter by name; `weight` within -10..10, 1 if absent."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    name: Name
-    weight: Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False)] = 1.0
-
-
-class JobSpec(BaseModel):
-    """One job as a person asks for it. What is absent comes from the batch's defaults, then the profile."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        strict=True,
-        json_schema_extra={
-            "examples": [{"prompt": "A single split crack on a concrete wall", "seed": 7, "labels": {"set": "train"}}]
-        },
-    )
-
-    prompt: Prompt
-    negative_prompt: NegativePrompt = ""
-    checkpoint: Name | None = None
-    adapters: Annotated[list[Annotated[AdapterSpec, at_most(MAX_FIELDS)]], at_most(16), Field(max_length=16)] = []
-    acceleration: Literal["lcm-lora", "none"] = "lcm-lora"
-    vae: Name | None = None
-    width: Annotated[int, Field(ge=8, le=8192, multiple_of=8)] | None = None
-    height: Annotated[int, Field(ge=8, le=8192, multiple_of=8)] | None = None
-    steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] | None = None
-    guidance_scale: Annotated[float, Field(ge=0, le=30, allow_inf_nan=False)] | None = None
-    scheduler: Literal["lcm", "ddim", "euler", "euler-a", "dpmpp-2m"] | None = None
-    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
-    count: Annotated[int, Field(ge=1, le=MAX_COUNT)] = 1
-    priority: Annotated[int, Field(ge=-100, le=100)] = 0
-    labels: Labels = {}
-    run_at: Moment | None = None
-    """When it may start; a moment that is past means at once."""
-    metadata: bool = True
-    """Whether recipe and prompt are written into the picture file."""
 
 
 @dataclass(slots=True)
@@ -108,6 +67,7 @@ class Prepared(AbstractContextManager["Prepared"]):
         directory = settings.spool_dir
         self.job_rows: IO[bytes] = tempfile.TemporaryFile(dir=directory, prefix="farm-")  # noqa: SIM115
         self.recipe_rows: IO[bytes] = tempfile.TemporaryFile(dir=directory, prefix="farm-")  # noqa: SIM115
+        self.upload_rows: IO[bytes] = tempfile.TemporaryFile(dir=directory, prefix="farm-")  # noqa: SIM115
 
     @property
     def lanes(self) -> int:
@@ -129,6 +89,7 @@ class Prepared(AbstractContextManager["Prepared"]):
     ) -> None:
         self.job_rows.close()
         self.recipe_rows.close()
+        self.upload_rows.close()
 
 
 def prepare(
@@ -141,14 +102,16 @@ def prepare(
     now: datetime,
     labels: Mapping[str, str] | None = None,
     first_line: int = 1,
+    uploads: Known | None = None,
 ) -> Prepared:
     """Check every row (a dict, or the bytes of one JSON object) and spool what would be stored.
 
-    `now` is the database's clock: jobs without `run_at` are due at once. Blank lines are skipped. Raises
-    InvalidRequest with the first 100 problems (line, field, problem), or when there is no job at all; TooLarge when
-    there are more jobs than a batch may have.
+    `now` is the database's clock: jobs without `run_at` are due at once. `uploads` answers which pictures may be named;
+    without it none is. Blank lines are skipped. Raises InvalidRequest with the first 100 problems (line, field,
+    problem), or when there is no job at all; TooLarge when there are more jobs than a batch may have.
     """
-    writer = _Writer(dict(defaults), catalogue, settings, name, now, dict(labels or {}))
+    known = uploads or Known(lambda _: {})
+    writer = _Writer(dict(defaults), catalogue, settings, name, now, dict(labels or {}), known)
     try:
         # Defaults that are wrong would be found again in every row.
         writer.refuse()
@@ -172,8 +135,11 @@ class _Writer:
         name: str,
         now: datetime,
         labels: dict[str, str],
+        uploads: Known,
     ) -> None:
         self.defaults = defaults
+        self.uploads = uploads
+        self.waiting: list[tuple[int, JobSpec]] = []
         self.catalogue = catalogue
         self.settings = settings
         self.now = now
@@ -195,36 +161,63 @@ class _Writer:
         except ValueError as error:
             self.problems.append({"line": line, "field": "", "problem": str(error)})
             return
-        choice = self._resolve(spec)
-        if isinstance(choice, list):
-            self.problems.extend({"line": line, **problem} for problem in choice)
-            return
-        if not self.problems:
-            self._write(spec, choice, line)
+        self.waiting.append((line, spec))
+        if len(self.waiting) >= LOOKED_AT_ONCE:
+            self.take()
+
+    def take(self) -> None:
+        """Resolve and spool what was added. Their uploads are looked up together, names one by one."""
+        some, self.waiting = self.waiting, []
+        named = {hash_ for _, spec in some for _, hash_ in tasks.pictures_of(spec)}
+        found = self.uploads(named) if named else {}
+        for line, spec in some:
+            choice = self._choice(spec, found)
+            if isinstance(choice, list):
+                self.problems.extend({"line": line, **problem} for problem in choice)
+            elif not self.problems:
+                self._write(spec, choice, line)
 
     def refuse(self) -> None:
         """Raises InvalidRequest with the first problems, if there are any so far."""
         if self.problems:
-            shown = self.problems[:MAX_PROBLEMS]
+            shown = sorted(self.problems, key=lambda problem: problem.get("line", 0))[:MAX_PROBLEMS]
             raise InvalidRequest(f"nothing was accepted: {len(shown)} problem(s) found", shown)
 
     def check(self) -> None:
+        self.take()
         self.refuse()
         if not self.prepared.jobs:
             raise InvalidRequest("there is no job in this submission")
 
-    def _resolve(self, spec: JobSpec) -> Resolved | list[Problem]:
+    def _choice(self, spec: JobSpec, found: Mapping[str, Size]) -> Resolved | list[Problem]:
+        """What the job's names stand for, or what is wrong with it."""
+        problems = list(tasks.problems_of(spec))
+        pictures = list(tasks.pictures_of(spec))
+        for field, hash_ in pictures:
+            if hash_ not in found:
+                problems.append({"field": field, "problem": f"there is no upload {hash_}; send the picture first"})
+        if problems:
+            return problems
+        size = None
+        if pictures and spec.width is None and spec.height is None:
+            size = found[pictures[0][1]]
+        return self._resolve(spec, size)
+
+    def _resolve(self, spec: JobSpec, size: Size | None) -> Resolved | list[Problem]:
         adapters = tuple((use.name, use.weight) for use in spec.adapters)
+        task = tasks.Task.of(spec)
+        width, height = (size.width, size.height) if size else (spec.width, spec.height)
         key = (
             spec.checkpoint,
             adapters,
             spec.acceleration,
-            spec.width,
-            spec.height,
+            width,
+            height,
             spec.steps,
             spec.guidance_scale,
             spec.scheduler,
             spec.vae,
+            task,
         )
         found = self.resolved.get(key)
         if found is None:
@@ -234,12 +227,13 @@ class _Writer:
                 checkpoint=spec.checkpoint or self.settings.default_checkpoint,
                 adapters=adapters,
                 acceleration=spec.acceleration,
-                width=spec.width,
-                height=spec.height,
+                width=width,
+                height=height,
                 steps=spec.steps,
                 guidance_scale=spec.guidance_scale,
                 scheduler=spec.scheduler,
                 vae=spec.vae,
+                task=task,
             )
             self.resolved[key] = found
         return found
@@ -262,6 +256,8 @@ class _Writer:
         run_at = self.now if spec.run_at is None else max(spec.run_at, self.now)
         warnings = self._warnings(spec, choice)
         body = {**choice.body, "prompt": spec.prompt, "negative_prompt": spec.negative_prompt}
+        body = tasks.with_pictures(body, spec)
+        named = {hash_.encode() for _, hash_ in tasks.pictures_of(spec)}
         labels, flag = _escaped(orjson.dumps(spec.labels)), b"t" if spec.metadata else b"f"
         tail = b"\t".join((choice.names_json, labels, _array(warnings), flag))
         due = self.created if run_at is self.now else _timestamp(run_at)
@@ -287,6 +283,7 @@ class _Writer:
                 b"%s\t\\\\x%s\t%s\t%s\n"
                 % (str(job_id).encode(), hashlib.sha256(canonical).hexdigest().encode(), _escaped(canonical), tail)
             )
+            prepared.upload_rows.writelines(b"%s\t%s\t%s\n" % (str(job_id).encode(), PROJECT, one) for one in named)
             prepared.jobs += 1
         prepared.pixel_steps += spec.count * body["width"] * body["height"] * body["steps"]
         for warning in warnings:

@@ -31,6 +31,16 @@ class AdapterChoice(View):
     weight: float
 
 
+class ControlChoice(View):
+    """A ControlNet by name and the picture it follows."""
+
+    name: str
+    image: str
+    weight: float
+    start: float
+    end: float
+
+
 class JobError(View):
     """Why a job failed (or why its last attempt did)."""
 
@@ -58,7 +68,8 @@ class ReplayView(View):
 
 
 class JobView(View):
-    """A job and the recipe fields it was submitted with. `number` is its place in its batch, from 0."""
+    """A job and the recipe fields it was submitted with. `number` is its place in its batch, from 0; `source` is the
+    upload it was told to start from (as `image`), `image` the picture it became."""
 
     id: UUID
     batch_id: UUID
@@ -76,6 +87,12 @@ class JobView(View):
     steps: int
     guidance_scale: float
     scheduler: str
+    task: Literal["txt2img", "img2img", "inpaint"] = "txt2img"
+    source: str | None = None
+    strength: float | None = None
+    mask: str | None = None
+    composite: bool | None = None
+    controls: list[ControlChoice] = []
     seed: int
     priority: int
     labels: dict[str, str] = {}
@@ -192,6 +209,18 @@ class VaeView(View):
     created_at: datetime
 
 
+class ControlNetView(View):
+    """A ControlNet a job may name in `controls`. `source` says where it came from."""
+
+    name: str
+    hash: str
+    family: str
+    state: Literal["pending", "available", "refused"]
+    bytes: int
+    source: dict[str, Any] = {}
+    created_at: datetime
+
+
 class AdapterView(View):
     """LoRA weights a job may name. `source` says where they came from."""
 
@@ -211,7 +240,7 @@ class RegistrationView(View):
 
     id: UUID
     name: str
-    kind: Literal["checkpoint", "vae", "acceleration", "style"]
+    kind: Literal["checkpoint", "vae", "controlnet", "acceleration", "style"]
     source: str
     state: Literal["waiting", "fetching", "checking", "storing", "testing", "available", "refused"]
     reason: str | None = None
@@ -222,6 +251,19 @@ class RegistrationView(View):
     total_bytes: int | None = None
     created_at: datetime
     finished_at: datetime | None = None
+
+
+class UploadView(View):
+    """A picture that jobs may name by its `hash`, the sha256 of its bytes. Sizes in pixels and bytes; `used_at` is when
+    it was last sent or named."""
+
+    hash: str
+    media_type: Literal["image/png", "image/jpeg", "image/webp"]
+    width: int
+    height: int
+    bytes: int
+    created_at: datetime
+    used_at: datetime
 
 
 class KeyView(View):

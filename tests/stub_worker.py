@@ -8,7 +8,7 @@ import hashlib
 import os
 import signal
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,7 +52,7 @@ class StubRenderer:
     def canary(self, checkpoint: str) -> bytes:
         return hashlib.sha256(f"canary {checkpoint}".encode()).digest()
 
-    def stage(self, recipes: Sequence[Recipe]) -> str:
+    def stage(self, recipes: Sequence[Recipe], pictures: Mapping[str, Pixels]) -> str:
         return recipes[0].lane
 
     def render(

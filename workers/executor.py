@@ -4,7 +4,7 @@ Two threads share one executor: while one renders inside the device lock, the ot
 rendered before.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from threading import BoundedSemaphore, Event, Lock
 from time import monotonic
 from typing import Any, Protocol
@@ -14,7 +14,7 @@ import structlog
 
 from farm import doorbell, jobs
 from farm.db import Database
-from farm.errors import FarmError, PermanentError, RenderFailed, Unavailable
+from farm.errors import FarmError, NotFound, PermanentError, RenderFailed, Unavailable
 from farm.ids import new_id
 from farm.jobs import Claimed, ClaimedJob, Result, Warm
 from farm.logs import about
@@ -27,6 +27,7 @@ from workers.gate import Gate, Pace, Turn
 from workers.lease import Held, Lease
 from workers.leaving import Leaving
 from workers.pictures import Pixels
+from workers.sources import Sources
 from workers.storing import Answer, Storing
 
 THREADS = 2
@@ -48,7 +49,7 @@ class Renderer(Protocol):
 
     def cache(self) -> dict[str, Any]: ...
 
-    def stage(self, recipes: Sequence[Recipe]) -> Any: ...
+    def stage(self, recipes: Sequence[Recipe], pictures: Mapping[str, Pixels]) -> Any: ...
 
     def render(
         self, staged: Any, recipes: Sequence[Recipe], on_step: Callable[[int, int], Collection[int]]
@@ -89,6 +90,7 @@ class Executor:
         )
         self._watcher = watcher
         self._storing = Storing(store, settings)
+        self._sources = Sources(store, settings)
         self._slots = BoundedSemaphore(THREADS)
         self._device = Lock()
         self._gate = Gate(self.leaving)
@@ -123,12 +125,12 @@ class Executor:
                     self._watcher.ended(claimed, results, monotonic() - started)
         return True
 
-    def try_out(self, recipe: Recipe) -> Pixels:
+    def try_out(self, recipe: Recipe, pictures: Mapping[str, Pixels]) -> Pixels:
         """Render one picture that is no job, between micro-batches: what a model must pass before jobs may name it.
 
-        Raises what staging and rendering raise.
+        `pictures` holds what the recipe draws from, by hash. Raises what staging and rendering raise.
         """
-        staged = self._renderer.stage([recipe])
+        staged = self._renderer.stage([recipe], pictures)
         with self._device:
             (picture,) = self._renderer.render(staged, [recipe], lambda _step, _steps: ())
         if picture is None:
@@ -180,17 +182,22 @@ class Executor:
         recipes = [job.recipe for job in some]
         try:
             held.enter("load", self._settings.limit_load.total_seconds())
-            staged = self._renderer.stage(recipes)
+            staged = self._renderer.stage(recipes, self._sources.fetch(some))
             self._pace.ahead.took(monotonic() - started)
         except Exception as error:  # noqa: BLE001  # a job must end with a reason whatever the libraries raise
             self._report(error)
-            return [error] * len(some)
+            if len(some) == 1 or not isinstance(error, NotFound):
+                return [error] * len(some)
+            return self._one_by_one(held, some, turn)
         try:
             return list(self._render(held, some, staged, turn))
         except Exception as error:  # noqa: BLE001
             self._report(error)
             if len(some) == 1 or not _may_be_ones_fault(error):
                 return [error] * len(some)
+        return self._one_by_one(held, some, turn)
+
+    def _one_by_one(self, held: Held, some: Sequence[ClaimedJob], turn: Turn) -> list[Answer]:
         # One recipe may have spoiled it for all, so each gets its own chance before anybody spends an attempt.
         log.info("rendering one by one", jobs=len(some))
         return [answer for job in some for answer in self._answers(held, [job], turn, monotonic())]

@@ -5,6 +5,7 @@ import platform
 import signal
 import sys
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from importlib import import_module
 from pathlib import Path
 from queue import SimpleQueue
@@ -19,6 +20,7 @@ from farm.db import Database
 from farm.errors import SchemaMismatch, Unavailable
 from farm.ids import new_id
 from farm.logs import configure
+from farm.queries.claiming import database_now
 from farm.settings import Settings
 from farm.settings import settings as read_settings
 from farm.storage import Store
@@ -36,8 +38,12 @@ from workers.registering.registrar import Registrar
 from workers.tasks import register
 
 AGAIN_SECONDS = 1.0
+LOOK_SECONDS = 0.5
+"""How late a signal may be heard."""
 LAST_WORD_SECONDS = 2.0
 """How long Celery may take to say goodbye to Flower."""
+CLOCK_TOLERANCE = timedelta(minutes=10)
+"""How far the clock may be from the database's. S3 refuses requests that are 15 minutes off."""
 STOPPED_BY = (signal.SIGTERM, signal.SIGINT)
 
 RendererFactory = Callable[[Settings, Callable[[str], Path]], Any]
@@ -60,8 +66,9 @@ def main(renderer_factory: RendererFactory = engine) -> Exit:
     _leave_on_signals(leaving)
     worker = UUID(os.environ["FARM_WORKER_ID"]) if os.environ.get("FARM_WORKER_ID") else new_id()
     structlog.contextvars.bind_contextvars(worker=str(worker))
-    database = Database(settings)
-    if not _wait_for_schema(database, leaving):
+    # A worker that freezes in the middle of a transaction must not hold its locks longer than its lease.
+    database = Database(settings, idle_limit=settings.lease / 2)
+    if not _wait_for_schema(database, leaving) or _clock_is_wrong(database):
         return Exit.REFUSED
     store = Store(settings)
     models = ModelStore(database, store, settings)
@@ -108,7 +115,9 @@ def _serve(
     hearing.start()
     lease.ready()
     log.info("ready", pool=settings.pool, device=renderer.device, dtype=renderer.dtype, version=__version__)
-    leaving.requested.wait()
+    # Never for ever: Python runs the handler of a signal that arrives on the brink of a wait only after that wait.
+    while not leaving.requested.wait(LOOK_SECONDS):
+        pass
     executor.drain()
     registrar.give_back()
     hearing.join(LAST_WORD_SECONDS)
@@ -152,6 +161,25 @@ def _wait_for_schema(database: Database, leaving: Leaving) -> bool:
     except SchemaMismatch as error:
         log.critical("this worker does not know the database's schema", error=error.message)
         return False
+    return True
+
+
+def _clock_is_wrong(database: Database) -> bool:
+    """Whether this machine's clock is so far from the database's that S3 would refuse every upload.
+
+    Leases believe the database alone; but a signature tells the time, and every attempt would fail after its rendering.
+    """
+    try:
+        with database.transaction() as conn:
+            ahead = datetime.now(UTC) - database_now(conn)
+    except Unavailable:
+        return False
+    if abs(ahead) <= CLOCK_TOLERANCE:
+        return False
+    log.critical(
+        "this machine's clock is wrong, and S3 would refuse its uploads: set it, for example by NTP",
+        seconds_ahead_of_database=round(ahead.total_seconds()),
+    )
     return True
 
 

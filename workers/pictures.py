@@ -32,7 +32,11 @@ THUMBNAIL_QUALITY = 80
 THUMBNAIL_EFFORT = 1
 """libwebp's method: 1 takes a third of the default's time for the same bytes at this size."""
 
-SAMPLERS = {"lcm": "LCM", "ddim": "DDIM", "euler": "Euler", "euler_a": "Euler a", "dpmpp_2m": "DPM++ 2M"}
+SAMPLERS = {
+    "lcm": "LCM", "ddim": "DDIM", "ddpm": "DDPM", "deis": "DEIS", "dpmpp-2m": "DPM++ 2M",
+    "dpmpp-2m-karras": "DPM++ 2M Karras", "dpmpp-2m-sde": "DPM++ 2M SDE", "euler": "Euler", "euler-a": "Euler a",
+    "heun": "Heun", "pndm": "PLMS", "unipc": "UniPC",
+}  # fmt: skip
 """Scheduler names as A1111 writes them; others are written as they are."""
 
 
@@ -105,6 +109,7 @@ def a1111(recipe: Recipe, names: Mapping[str, Any]) -> str:
         "Size": f"{recipe.width}x{recipe.height}",
         "Model hash": recipe.checkpoint[:10],
         "Model": names.get("checkpoint", ""),
+        "Denoising strength": "" if recipe.strength is None else f"{recipe.strength:g}",
         "VAE": names.get("vae", ""),
         "Acceleration": names.get("acceleration", ""),
         "Version": f"lcm-farm {__version__}",

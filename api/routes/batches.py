@@ -71,7 +71,7 @@ def _accept(farm: Farm, caller: Caller, once: Once, submission: Submission, *, d
             return before
         if not dry_run:
             limits.refuse_full(conn, caller.project_id)
-        moment = Moment.of(conn, farm)
+        moment = Moment.of(conn, farm, caller.project_id, lasting=True)
     with moment.check(submission, farm) as prepared:
         if dry_run:
             return answer(prepared.dry_run())

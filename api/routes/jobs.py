@@ -15,7 +15,7 @@ from api.schemas import JobListing, Rehearsal
 from api.submitting import IdempotencyKey, Moment, Once, Submission, answer, only_job, store
 from farm import jobs, limits
 from farm.errors import InvalidRequest, Problem
-from farm.submission import JobSpec
+from farm.jobspec import JobSpec
 from farm.views import BatchView, DryRun, JobView, Page
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
@@ -52,7 +52,7 @@ def create_job(
     spec = parse(body)
     labels = spec.get("labels")
     try:
-        checked = Moment.of(conn, farm).check(
+        checked = Moment.of(conn, farm, caller.project_id, lasting=False).check(
             Submission([spec], labels=labels if isinstance(labels, dict) else {}), farm
         )
     except InvalidRequest as error:

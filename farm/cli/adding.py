@@ -14,7 +14,11 @@ from farm.views import RegistrationView
 
 LOOK_SECONDS = 0.5
 """Between two looks at a registration."""
-Kind = Literal["checkpoint", "vae", "style", "acceleration"]
+Kind = Literal["checkpoint", "vae", "controlnet", "style", "acceleration"]
+TOLD: dict[str, Kind] = {
+    "checkpoint": "checkpoint", "original": "checkpoint", "vae": "vae", "controlnet": "controlnet",
+}  # fmt: skip
+"""What files of each sort are registered as; an adapter is a style."""
 
 
 def profile_of(pairs: Sequence[str] | None) -> dict[str, Any]:
@@ -54,7 +58,7 @@ def from_here(
             f"{path}: there is nothing here; a source is a path, s3://bucket/prefix or hf:owner/name@COMMIT"
         )
     found = kind_of(path)
-    told: Kind = {"checkpoint": "checkpoint", "original": "checkpoint", "vae": "vae"}.get(found, "style")  # type: ignore[assignment]
+    told: Kind = TOLD.get(found, "style")
     chosen = kind or told
     raw = read_raw(path, chosen, wanted.get("variant"))
     with servers(data_dir) as (database, store, configured):

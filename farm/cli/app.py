@@ -8,6 +8,7 @@ from farm.cli.keys import keys
 from farm.cli.models import models
 from farm.cli.projects import projects
 from farm.cli.train import train
+from farm.cli.uploads import upload, uploads
 from farm.cli.webhooks import webhooks
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ SECTIONS = {
     "The farm of this machine": (stack.up, stack.down, stack.status),
     "Jobs and batches": (
         submit.submit,
+        upload,
         batches.watch,
         batches.download,
         batches.jobs,
@@ -51,6 +53,7 @@ for section, commands in SECTIONS.items():
     for command in commands:
         app.command(rich_help_panel=section)(command)
     if section == "Jobs and batches":
+        app.add_typer(uploads, name="uploads", rich_help_panel="Models and keys")
         app.add_typer(models, name="models", rich_help_panel="Models and keys")
         app.add_typer(keys, name="keys", rich_help_panel="Models and keys")
         app.add_typer(projects, name="projects", rich_help_panel="Models and keys")

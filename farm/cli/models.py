@@ -10,20 +10,21 @@ from farm.cli.exits import Exit
 from farm.cli.options import DATA_DIR, AsJson, DataDir, connect
 
 if TYPE_CHECKING:
-    from farm.views import AdapterView, CheckpointView, VaeView
+    from farm.views import AdapterView, CheckpointView, ControlNetView, VaeView
 
-ModelKind = Literal["checkpoint", "vae", "style", "acceleration"]
+ModelKind = Literal["checkpoint", "vae", "controlnet", "style", "acceleration"]
 
 models = typer.Typer(help="Checkpoints, VAEs and adapters that jobs may name.", no_args_is_help=True)
 
 
 @models.command("list")
 def list_models(data_dir: DataDir = DATA_DIR, as_json: AsJson = False) -> None:
-    """List checkpoints, VAEs and adapters."""
+    """List checkpoints, VAEs, ControlNets and adapters."""
     with connect(data_dir) as farm:
-        found: list[tuple[str, CheckpointView | VaeView | AdapterView]] = []
+        found: list[tuple[str, CheckpointView | VaeView | ControlNetView | AdapterView]] = []
         found += [("checkpoint", each) for each in farm.checkpoints()]
         found += [("vae", each) for each in farm.vaes()]
+        found += [("controlnet", each) for each in farm.controlnets()]
         found += [(each.kind, each) for each in farm.adapters()]
     if as_json:
         for kind, each in found:

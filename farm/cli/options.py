@@ -22,6 +22,12 @@ Adapters = Annotated[
     list[str] | None,
     typer.Option("--adapter", help="A LoRA, at weight 1 unless given; may be repeated.", metavar="NAME[:WEIGHT]"),
 ]
+Controls = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--control", help="A ControlNet and what it follows; may be repeated.", metavar="NAME=PICTURE[:WEIGHT]"
+    ),
+]
 
 DATA_DIR = Path(".farm")
 
@@ -68,6 +74,29 @@ def adapters_of(texts: Sequence[str] | None) -> list[dict[str, Any]]:
         return [adapter_of(text) for text in texts or ()]
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--adapter") from error
+
+
+def control_of(text: str) -> dict[str, Any]:
+    """`walls=7b1f..:0.8` as the farm wants it; what stands for the picture is left as it is. Raises ValueError.
+
+    >>> control_of("walls=mask.png:0.8"), control_of("walls=mask.png")
+    ({'name': 'walls', 'image': 'mask.png', 'weight': 0.8}, {'name': 'walls', 'image': 'mask.png', 'weight': 1.0})
+    """
+    name, equals, rest = text.strip().partition("=")
+    if not name or not equals or not rest:
+        raise ValueError(
+            f"{text!r} is no control; write NAME=PICTURE or NAME=PICTURE:WEIGHT, such as edges=wall.png:0.8"
+        )
+    use = adapter_of(rest)
+    return {"name": name, "image": use["name"], "weight": use["weight"]}
+
+
+def controls_of(texts: Sequence[str] | None) -> list[dict[str, Any]]:
+    """`--control` as the farm wants it. Raises typer.BadParameter."""
+    try:
+        return [control_of(text) for text in texts or ()]
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--control") from error
 
 
 def size_of(text: str | None) -> dict[str, int]:

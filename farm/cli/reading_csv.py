@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
-from farm.cli.options import adapter_of
+from farm.cli.options import adapter_of, control_of
 from farm.cli.rows import MOST_PROBLEMS, Row, mistake, unknown
 from farm.errors import InvalidRequest, Problem
 
-TEXTS = ("prompt", "negative_prompt", "checkpoint", "acceleration", "vae", "scheduler", "run_at")
+TEXTS = ("prompt", "negative_prompt", "checkpoint", "acceleration", "vae", "scheduler", "image", "mask", "run_at")
 WHOLE = ("width", "height", "steps", "seed", "count", "priority")
 LABEL = "label."
 """A column `label.site` holds the label `site` of its rows."""
@@ -110,6 +110,10 @@ def _adapters(cell: str) -> list[Row]:
     return [adapter_of(part) for part in cell.split(";") if part.strip()]
 
 
+def _controls(cell: str) -> list[Row]:
+    return [control_of(part) for part in cell.split(";") if part.strip()]
+
+
 def _labels(cell: str) -> dict[str, str]:
     pairs = [part.strip().partition("=") for part in cell.split(";") if part.strip()]
     if any(not key or not equals for key, equals, _ in pairs):
@@ -121,6 +125,9 @@ COLUMNS: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(TEXTS, str),
     **dict.fromkeys(WHOLE, _whole),
     "guidance_scale": _number,
+    "strength": _number,
+    "composite": _truth,
+    "controls": _controls,
     "metadata": _truth,
     "adapters": _adapters,
     "labels": _labels,

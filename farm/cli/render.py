@@ -12,13 +12,15 @@ from farm.cli.batches import explain_failures
 from farm.cli.display import Bar, json_line
 from farm.cli.exits import Exit
 from farm.cli.local import Occasion, some_farm
-from farm.cli.options import DATA_DIR, Adapters, AsJson, DataDir, adapters_of, size_of
+from farm.cli.options import DATA_DIR, Adapters, AsJson, Controls, DataDir, adapters_of, controls_of, size_of
 from farm.errors import InvalidRequest
 from farm.states import JobState
 from farm.views import BatchView, JobView
 
 if TYPE_CHECKING:
     from farm.client import Farm
+
+HASH = re.compile(r"[0-9a-f]{64}")
 
 
 def render(
@@ -35,12 +37,23 @@ def render(
     acceleration: Annotated[str | None, typer.Option(help="lcm-lora or none.", show_default=False)] = None,
     vae: Annotated[str | None, typer.Option(help="A VAE by name, tiny, or own.", show_default=False)] = None,
     scheduler: Annotated[str | None, typer.Option(help="lcm, ddim, ...", show_default=False)] = None,
+    image: Annotated[
+        str | None, typer.Option(help="A picture to start from.", metavar="PICTURE", show_default=False)
+    ] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="How much of it is drawn anew, 0 to 1.", show_default=False)
+    ] = None,
+    mask: Annotated[
+        str | None, typer.Option(help="Where: white is drawn anew.", metavar="PICTURE", show_default=False)
+    ] = None,
+    control: Controls = None,
     out: Annotated[Path, typer.Option(help="A .png file, or a folder.", metavar="PATH")] = Path(),
     as_json: AsJson = False,
 ) -> None:
     """Render a prompt now and write the pictures here.
 
-    Uses the farm that runs, or starts one for the occasion. Ctrl-C cancels what was submitted. Prints the paths.
+    Uses the farm that runs, or starts one for the occasion. Ctrl-C cancels what was submitted. Prints the paths. A
+    PICTURE is a file, which is sent first, or the hash of an upload.
     """
     wanted = {
         "seed": seed,
@@ -52,12 +65,16 @@ def render(
         "acceleration": acceleration,
         "vae": vae,
         "scheduler": scheduler,
+        "image": image,
+        "strength": strength,
+        "mask": mask,
+        "controls": controls_of(control) or None,
         **size_of(size),
     }
     fields = {name: value for name, value in wanted.items() if value is not None}
     folder, stem = place(out, prompt, count)
     with some_farm(data_dir) as occasion:
-        batch = _submit(occasion.farm, prompt, count, fields)
+        batch = _submit(occasion.farm, prompt, count, _sent(occasion.farm, fields))
         with Bar("rendering", count) as bar:
             done = _wait_or_cancel(occasion, batch, bar)
         for job in occasion.farm.jobs(state=JobState.SUCCEEDED, batch=done.id):
@@ -76,6 +93,18 @@ def _submit(farm: "Farm", prompt: str, count: int, fields: dict[str, Any]) -> Ba
     for warning in submitted.warnings:
         typer.echo(f"warning: {warning}", err=True)
     return farm.batch(submitted.batch_id) if isinstance(submitted, JobView) else submitted
+
+
+def _sent(farm: "Farm", fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields with every picture that is a file here sent, and named by its hash."""
+
+    def named(picture: str) -> str:
+        return picture if HASH.fullmatch(picture) else farm.upload(Path(picture)).hash
+
+    sent = {name: named(value) if name in {"image", "mask"} else value for name, value in fields.items()}
+    if "controls" in fields:
+        sent["controls"] = [{**use, "image": named(use["image"])} for use in fields["controls"]]
+    return sent
 
 
 def _wait_or_cancel(occasion: Occasion, batch: BatchView, bar: Bar) -> BatchView:

@@ -31,8 +31,8 @@ def submit(
 ) -> None:
     """Submit a file of jobs as one batch: all of them are accepted, or none and every bad line is named.
 
-    CSV columns are the fields of a job; adapters are NAME:WEIGHT and labels KEY=VALUE, parted by semicolons; a column
-    label.KEY holds one label.
+    CSV columns are the fields of a job; adapters are NAME:WEIGHT, controls NAME=HASH:WEIGHT and labels KEY=VALUE,
+    parted by semicolons; a column label.KEY holds one label. Pictures are named by the hashes that farm upload prints.
     """
     submission = read(file, kind)
     defaults = _defaults(submission, labels_of(label), priority)

@@ -27,6 +27,7 @@ from farm.views import (
     AdapterView,
     BatchView,
     CheckpointView,
+    ControlNetView,
     DryRun,
     Event,
     JobView,
@@ -34,6 +35,7 @@ from farm.views import (
     LaneView,
     Page,
     RegistrationView,
+    UploadView,
     VaeView,
     WorkerView,
 )
@@ -193,6 +195,23 @@ class AsyncFarm:
     def _succeeded(self, batch: BatchView | Id) -> AsyncIterator[JobView]:
         return self.jobs(state=JobState.SUCCEEDED, batch=calls.id_of(batch))
 
+    # Pictures that jobs start from
+
+    async def upload(self, picture: Path | str | bytes) -> UploadView:
+        """Send a PNG, JPEG or WebP picture: a file, or its bytes. Jobs name it by the `hash` of the answer."""
+        return await self._run(pictures.send(picture, self._random))
+
+    async def uploaded(self, hash_: str) -> UploadView:
+        return await self._request(calls.uploaded(hash_))
+
+    def uploads(self, *, page: int = 200) -> AsyncIterator[UploadView]:
+        return self._pages(calls.uploads(page))
+
+    async def delete_upload(self, upload: UploadView | str) -> None:
+        """Forget an upload that no job names."""
+        hash_ = upload.hash if isinstance(upload, UploadView) else upload
+        await self._request(calls.delete("uploads", hash_))
+
     # Changing
 
     async def cancel_job(self, job: JobView | Id) -> JobView:
@@ -232,6 +251,9 @@ class AsyncFarm:
 
     async def vaes(self) -> list[VaeView]:
         return await self._request(calls.vaes())
+
+    async def controlnets(self) -> list[ControlNetView]:
+        return await self._request(calls.controlnets())
 
     async def register(self, kind: ModelKind, name: str, source: str, **wanted: Any) -> RegistrationView:
         """Ask for a model from the hub or S3; `wanted` as the API takes it: family, variant, profile."""

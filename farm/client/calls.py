@@ -3,6 +3,7 @@
 import math
 from collections.abc import AsyncIterable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Generic, Literal, TypedDict, TypeVar
 from urllib.parse import quote
 from uuid import UUID, uuid4
@@ -16,6 +17,7 @@ from farm.views import (
     AdapterView,
     BatchView,
     CheckpointView,
+    ControlNetView,
     DryRun,
     ImageLink,
     JobView,
@@ -23,6 +25,7 @@ from farm.views import (
     LaneView,
     Page,
     RegistrationView,
+    UploadView,
     VaeView,
     WorkerView,
 )
@@ -38,7 +41,7 @@ Row = str | Mapping[str, Any]
 Rows = Iterable[Row]
 AsyncRows = Rows | AsyncIterable[Row]
 Id = UUID | str
-ModelKind = Literal["checkpoint", "vae", "style", "acceleration", "adapter"]
+ModelKind = Literal["checkpoint", "vae", "controlnet", "style", "acceleration", "adapter"]
 """What a model is registered as; an `adapter` is a style unless the farm knows its repository for an acceleration."""
 States = JobState | str | Sequence[JobState | str]
 
@@ -56,6 +59,11 @@ class JobFields(TypedDict, total=False):
     steps: int
     guidance_scale: float
     scheduler: str
+    image: str
+    strength: float
+    mask: str
+    composite: bool
+    controls: Sequence[Mapping[str, Any]]
     seed: int
     priority: int
     labels: Mapping[str, str]
@@ -149,6 +157,11 @@ def segment(what: Id) -> str:
     return quote(str(what), safe="")
 
 
+def bytes_of(picture: Path | str | bytes) -> bytes:
+    """A picture as a person hands it over: a file's path, or what is in it."""
+    return picture if isinstance(picture, bytes) else Path(picture).read_bytes()
+
+
 def id_of(what: JobView | BatchView | RegistrationView | Id) -> Id:
     return what.id if isinstance(what, JobView | BatchView | RegistrationView) else what
 
@@ -161,8 +174,14 @@ def as_fields(row: Row) -> dict[str, Any]:
     if isinstance(row, str):
         return {"prompt": row}
     fields = dict(row)
-    weights = [use.get("weight") for use in fields.get("adapters") or () if isinstance(use, Mapping)]
-    for name, value in [*fields.items(), *(("adapters", weight) for weight in weights)]:
+    inner = [
+        (name, value)
+        for name in ("adapters", "controls")
+        for use in fields.get(name) or ()
+        if isinstance(use, Mapping)
+        for value in use.values()
+    ]
+    for name, value in [*fields.items(), *inner]:
         if isinstance(value, float) and not math.isfinite(value):
             raise InvalidRequest(f"{name} is {value}", problems=[{"field": name, "problem": "must be a finite number"}])
     return fields
@@ -210,7 +229,7 @@ def set_priority(batch_id: Id, priority: int) -> Call[BatchView]:
     return Call("POST", f"{API}/batches/{segment(batch_id)}/priority", BATCH, body=body, headers=JSON)
 
 
-def delete(kind: Literal["jobs", "batches", "keys"], what: Id) -> Call[None]:
+def delete(kind: Literal["jobs", "batches", "keys", "uploads"], what: Id) -> Call[None]:
     return Call("DELETE", f"{API}/{kind}/{segment(what)}", nothing)
 
 
@@ -221,6 +240,25 @@ def image_link(job_id: Id, kind: Literal["image", "thumbnail"] = "image") -> Cal
 def fetch(url: str) -> Call[bytes]:
     """The bytes behind a presigned URL."""
     return Call("GET", url, lambda body: body, storage=True)
+
+
+def upload(picture: bytes) -> Call[UploadView]:
+    """Repeatable: it is stored under its own hash, once. Its type is told by how it begins; the farm looks closer."""
+    kinds = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"RIFF": "image/webp"}
+    kind = next((kind for start, kind in kinds.items() if picture.startswith(start)), None)
+    if kind is None:
+        raise InvalidRequest("this is no PNG, JPEG or WebP picture")
+    return Call("POST", f"{API}/uploads", view(UploadView), body=picture, headers={"Content-Type": kind})
+
+
+def uploaded(hash_: str) -> Call[UploadView]:
+    return Call("GET", f"{API}/uploads/{segment(hash_)}", view(UploadView))
+
+
+def uploads(limit: int) -> Callable[[str | None], Call[Page[UploadView]]]:
+    """A page of uploads from a cursor on; `None` is the first."""
+    read = view(Page[UploadView])
+    return lambda cursor: Call("GET", f"{API}/uploads", read, [("limit", str(limit)), *_cursor(cursor)])
 
 
 def checkpoints() -> Call[list[CheckpointView]]:
@@ -235,12 +273,16 @@ def vaes() -> Call[list[VaeView]]:
     return Call("GET", f"{API}/vaes", items(VaeView))
 
 
+def controlnets() -> Call[list[ControlNetView]]:
+    return Call("GET", f"{API}/controlnets", items(ControlNetView))
+
+
 def register(kind: ModelKind, name: str, source: str, wanted: Mapping[str, Any]) -> Call[RegistrationView]:
     """Not repeatable: the second would find the name in use."""
     given = {key: value for key, value in wanted.items() if value is not None}
     if kind in {"style", "acceleration"}:
         given["kind"] = kind
-    noun = {"checkpoint": "checkpoints", "vae": "vaes"}.get(kind, "adapters")
+    noun = {"checkpoint": "checkpoints", "vae": "vaes", "controlnet": "controlnets"}.get(kind, "adapters")
     body = orjson.dumps({"name": name, "source": source, **given})
     return Call("POST", f"{API}/{noun}", view(RegistrationView), body=body, headers=JSON, repeatable=False)
 

@@ -13,7 +13,7 @@ import orjson
 from farm.client import calls
 from farm.client.flows import Block, Flow, request
 from farm.errors import IntegrityFailed, NotFound
-from farm.views import JobView
+from farm.views import JobView, UploadView
 
 MANIFEST = "manifest.ndjson"
 """One line for each picture in the folder: `file`, `sha256`, `bytes`, the job's id, labels and recipe fields."""
@@ -48,6 +48,13 @@ def file_name(job: JobView) -> str:
     Sorted by name, the pictures of a batch stand in the order they were submitted in.
     """
     return f"{job.number:06d}-{job.seed}.png"
+
+
+def send(picture: Path | str | bytes, random: Random) -> Flow[UploadView]:
+    """Read a picture and send it. Raises InvalidRequest for what is no picture."""
+    data = yield Block(lambda: calls.bytes_of(picture))
+    sent: UploadView = yield from request(calls.upload(data), random)
+    return sent
 
 
 def picture(job: JobView, random: Random) -> Flow[bytes]:

@@ -26,6 +26,7 @@ from farm.views import (
     AdapterView,
     BatchView,
     CheckpointView,
+    ControlNetView,
     DryRun,
     Event,
     JobView,
@@ -33,6 +34,7 @@ from farm.views import (
     LaneView,
     Page,
     RegistrationView,
+    UploadView,
     VaeView,
     WorkerView,
 )
@@ -212,6 +214,23 @@ class Farm:
     def _succeeded(self, batch: BatchView | Id) -> Iterator[JobView]:
         return self.jobs(state=JobState.SUCCEEDED, batch=calls.id_of(batch))
 
+    # Pictures that jobs start from
+
+    def upload(self, picture: Path | str | bytes) -> UploadView:
+        """Send a PNG, JPEG or WebP picture: a file, or its bytes. Jobs name it by the `hash` of the answer."""
+        return self._run(pictures.send(picture, self._random))
+
+    def uploaded(self, hash_: str) -> UploadView:
+        return self._request(calls.uploaded(hash_))
+
+    def uploads(self, *, page: int = 200) -> Iterator[UploadView]:
+        return self._pages(calls.uploads(page))
+
+    def delete_upload(self, upload: UploadView | str) -> None:
+        """Forget an upload that no job names."""
+        hash_ = upload.hash if isinstance(upload, UploadView) else upload
+        self._request(calls.delete("uploads", hash_))
+
     # Changing
 
     def cancel_job(self, job: JobView | Id) -> JobView:
@@ -253,6 +272,9 @@ class Farm:
 
     def vaes(self) -> list[VaeView]:
         return self._request(calls.vaes())
+
+    def controlnets(self) -> list[ControlNetView]:
+        return self._request(calls.controlnets())
 
     def register(self, kind: ModelKind, name: str, source: str, **wanted: Any) -> RegistrationView:
         """Ask for a model from the hub or S3; `wanted` as the API takes it: family, variant, profile."""

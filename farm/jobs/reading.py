@@ -14,7 +14,19 @@ from farm.queries import models as model_rows
 from farm.queries import reading as rows
 from farm.queries import workers as worker_rows
 from farm.states import JobState
-from farm.views import BatchView, Counts, Event, ImageView, JobError, JobView, LaneView, Page, ReplayView, WorkerView
+from farm.views import (
+    BatchView,
+    ControlChoice,
+    Counts,
+    Event,
+    ImageView,
+    JobError,
+    JobView,
+    LaneView,
+    Page,
+    ReplayView,
+    WorkerView,
+)
 
 EVENTS_AT_ONCE = 200
 LOST_AFTER = "20 seconds"
@@ -180,10 +192,9 @@ def job_view(row: RowMapping) -> JobView:
     if row["original_id"] is not None:
         apart = {name: row[name] for name in ("levels", "mean_levels", "differing")}
         replay = ReplayView(of=row["original_id"], **apart)
-    recipe: dict[str, Any] = {
-        name: body[name]
-        for name in ("prompt", "negative_prompt", "width", "height", "steps", "guidance_scale", "scheduler", "seed")
-    }
+    wanted = ("prompt", "negative_prompt", "width", "height", "steps", "guidance_scale", "scheduler", "seed", "task")
+    recipe: dict[str, Any] = {name: body[name] for name in wanted}
+    recipe |= {name: body.get(name) for name in ("strength", "mask", "composite")}
     same = ("id", "batch_id", "number", "state", "attempt", "priority", "labels", "warnings")
     moments = ("created_at", "run_at", "started_at", "finished_at")
     return JobView(
@@ -193,6 +204,8 @@ def job_view(row: RowMapping) -> JobView:
         adapters=names["adapters"],
         acceleration=names["acceleration"],
         vae=names.get("vae"),
+        source=body.get("image"),
+        controls=[ControlChoice(**use, name=names["controlnets"][use["hash"]]) for use in body.get("controls", ())],
         error=error,
         image=image,
         replay=replay,

@@ -129,7 +129,8 @@ def claim(
     if claiming.claim_exists(conn, claim_id):
         return _claimed(claim_id, claiming.claimed_before(conn, claim_id), more=True)
     now = now or claiming.database_now(conn)
-    full = limits.full_projects(conn)
+    room = limits.room(conn)
+    full = [project for project, left in room.items() if left <= 0]
     rows = claiming.candidates(conn, pool=pool, worker=worker, warm=warm, full=full, random=random, now=now)
     by_segment = {row["segment"]: row for row in rows}
     policy = Policy(settings.affinity_bound, limit, workers=max(1, rows[0]["workers"]) if rows else 1)
@@ -144,7 +145,8 @@ def claim(
             overdue = now - choice.ready_since > settings.affinity_bound
             prefer = None if overdue or choice.adapter_set is not None else warm.lanes.get(choice.lane)
             taken, short = take_one_set(conn, by_segment[choice.segment], place, prefer)
-        taken = limits.startable(conn, taken)
+        if room:
+            taken = limits.startable(conn, taken)
         if taken:
             started = claiming.start(conn, claim=claim_id, worker=worker, ids=taken, lease=settings.lease, now=now)
         if short:
@@ -207,8 +209,10 @@ def rescue(conn: Connection, *, settings: Settings, now: datetime | None = None,
     found = finishing.expired(conn, worker=worker, lease=settings.lease, limit=RESCUED_AT_ONCE, now=now)
     if not found:
         return 0
-    rows = finishing.lock_jobs(conn, {row["job_id"] for row in found})
-    ended = finishing.end_claims(conn, {row["id"] for row in found}, worker=worker, now=now)
+    # Never waits for a lock: a worker that froze inside a transaction would keep everybody else's jobs from returning.
+    rows = finishing.lock_jobs(conn, {row["job_id"] for row in found}, wait=False)
+    locked = {row["id"] for row in found if row["job_id"] not in rows}
+    ended = finishing.end_claims(conn, {row["id"] for row in found} - locked, worker=worker, now=now)
     moves = []
     for row in found:
         job = rows.get(row["job_id"])

@@ -4,12 +4,14 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
+from psycopg.errors import ForeignKeyViolation
 from sqlalchemy import Connection
 
 from farm import limits
-from farm.errors import IdempotencyMismatch, InFlight
+from farm.errors import Conflict, IdempotencyMismatch, InFlight
 from farm.jobs.reading import get_batch
 from farm.queries import submitting as rows
+from farm.queries.uploads import COPY
 from farm.settings import Settings
 from farm.submission import PROJECT, Prepared
 from farm.views import BatchView
@@ -26,7 +28,8 @@ class Answer:
 def submit(conn: Connection, prepared: Prepared, *, project_id: UUID, pool: str) -> BatchView:
     """Store a checked submission as one batch. All or nothing: it exists once the caller's transaction commits.
 
-    Raises LimitReached when the project may not queue so much now, TooLarge when it never may.
+    Raises LimitReached when the project may not queue so much now, TooLarge when it never may, Conflict when an upload
+    that it names was deleted since it was checked.
     """
     rows.insert_batch(
         conn,
@@ -43,6 +46,10 @@ def submit(conn: Connection, prepared: Prepared, *, project_id: UUID, pool: str)
     )
     rows.copy(conn, rows.JOBS, prepared.job_rows, replacing=(PROJECT, str(project_id).encode()))
     rows.copy(conn, rows.RECIPES, prepared.recipe_rows)
+    try:
+        rows.copy(conn, COPY, prepared.upload_rows, replacing=(PROJECT, str(project_id).encode()))
+    except ForeignKeyViolation as error:
+        raise Conflict("an upload that this submission names was deleted meanwhile; send it again") from error
     limits.hold(conn, project_id, pixel_steps=prepared.pixel_steps, asked=prepared.jobs)
     return get_batch(conn, project_id, prepared.batch_id)
 

@@ -71,6 +71,7 @@ _DELETE_JOBS = text("""
         ON CONFLICT DO NOTHING
     ), recipes_gone AS (DELETE FROM recipes WHERE job_id = ANY(:ids)
     ), replays_gone AS (DELETE FROM replays WHERE job_id = ANY(:ids)
+    ), uploads_let_go AS (DELETE FROM job_uploads WHERE job_id = ANY(:ids)
     ), attempts_gone AS (DELETE FROM attempts WHERE job_id = ANY(:ids)
     ), gone AS (DELETE FROM jobs WHERE id = ANY(:ids) RETURNING segment_id, batch_id, project_id, state)
     INSERT INTO counter_deltas (segment_id, batch_id, project_id, queued, succeeded, failed, cancelled)

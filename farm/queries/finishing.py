@@ -7,11 +7,13 @@ from uuid import UUID
 
 from sqlalchemy import Connection, RowMapping, text
 
-_LOCK = text("""
+_LOCK = """
     SELECT j.id, j.state, j.attempt, j.segment_id, j.batch_id, j.project_id, j.run_at, j.failures, j.crashes, j.alone,
            j.cancel_requested_at IS NOT NULL OR s.cancelling AS cancelled
-    FROM jobs j JOIN segments s ON s.id = j.segment_id WHERE j.id = ANY(:ids) ORDER BY j.id FOR UPDATE OF j
-""")
+    FROM jobs j JOIN segments s ON s.id = j.segment_id WHERE j.id = ANY(:ids) ORDER BY j.id FOR UPDATE OF j {wait}
+"""
+_LOCK_ALL = text(_LOCK.format(wait=""))
+_LOCK_FREE = text(_LOCK.format(wait="SKIP LOCKED"))
 
 # The fence is one expression on purpose: a plain `state = 'running'` invites the planner to walk ix_jobs_running, which
 # holds a dead entry for every job rendered since the last vacuum.
@@ -87,15 +89,21 @@ _EXPIRED = text("""
 """)
 
 _END_CLAIMS = text("""
-    UPDATE claims SET closed_at = :now
-    WHERE id = ANY(:ids) AND closed_at IS NULL AND (CAST(:worker AS uuid) IS NOT NULL OR lease_until < :now)
+    UPDATE claims SET closed_at = :now WHERE id IN (
+        SELECT id FROM claims
+        WHERE id = ANY(:ids) AND closed_at IS NULL AND (CAST(:worker AS uuid) IS NOT NULL OR lease_until < :now)
+        ORDER BY id FOR UPDATE SKIP LOCKED)
     RETURNING id
 """)
 
 
-def lock_jobs(conn: Connection, ids: Collection[UUID]) -> dict[UUID, RowMapping]:
-    """Lock jobs in the one order (by id); `cancelled` tells whether somebody cancelled the job or its batch."""
-    return {row["id"]: row for row in conn.execute(_LOCK, {"ids": sorted(ids)}).mappings()}
+def lock_jobs(conn: Connection, ids: Collection[UUID], *, wait: bool = True) -> dict[UUID, RowMapping]:
+    """Lock jobs in the one order (by id); `cancelled` tells whether somebody cancelled the job or its batch.
+
+    Without `wait`, jobs that somebody else has locked are left out.
+    """
+    statement = _LOCK_ALL if wait else _LOCK_FREE
+    return {row["id"]: row for row in conn.execute(statement, {"ids": sorted(ids)}).mappings()}
 
 
 def move(conn: Connection, moves: Sequence[dict[str, Any]], now: datetime) -> set[UUID]:
@@ -161,5 +169,6 @@ def expired(
 
 
 def end_claims(conn: Connection, ids: Collection[UUID], *, worker: UUID | None, now: datetime) -> set[UUID]:
-    """Close claims that are still expired now that their jobs are locked; a claim renewed meanwhile stays."""
+    """Close claims that are still expired now that their jobs are locked; a claim renewed meanwhile stays, and so does
+    one that somebody has locked, who may be renewing or finishing it."""
     return set(conn.execute(_END_CLAIMS, {"ids": list(ids), "worker": worker, "now": now}).scalars())

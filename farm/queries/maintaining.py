@@ -103,8 +103,10 @@ def due_objects(conn: Connection, limit: int) -> list[str]:
 
 
 def needed_objects(conn: Connection, keys: Collection[str]) -> set[str]:
-    """Those of these keys that a model refers to: it was registered while its objects were about to be deleted."""
-    statement = text("SELECT DISTINCT key FROM model_files WHERE key = ANY(:keys)")
+    """Those of these keys that a model or an upload refers to: it came back while its objects were to be deleted."""
+    statement = text("""
+        SELECT key FROM model_files WHERE key = ANY(:keys) UNION SELECT key FROM uploads WHERE key = ANY(:keys)
+    """)
     return set(conn.execute(statement, {"keys": list(keys)}).scalars())
 
 

@@ -32,6 +32,9 @@ _REPLAY = text("""
         SELECT :job, hash, body, names, labels, warnings, metadata_wanted FROM original
     ), replay AS (
         INSERT INTO replays (job_id, original_id, key) SELECT :job, id, key FROM original
+    ), uploads_named AS (
+        INSERT INTO job_uploads (job_id, project_id, hash)
+        SELECT :job, project_id, hash FROM job_uploads WHERE job_id = :original
     )
     SELECT CAST(body ->> 'width' AS bigint) * CAST(body ->> 'height' AS bigint) * CAST(body ->> 'steps' AS bigint)
     FROM original

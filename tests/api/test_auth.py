@@ -76,11 +76,11 @@ def test_every_route_wants_its_scope(api: Api) -> None:
             return SCOPES
         if path.startswith(("/keys", "/registrations", "/projects")):
             return {"admin"}
-        if method == "POST" and path in {"/checkpoints", "/vaes", "/adapters"}:
+        if method == "POST" and path in {"/checkpoints", "/vaes", "/controlnets", "/adapters"}:
             return {"admin"}
         if method == "GET":
             return {"jobs:read"}
-        submits = path in {"/jobs", "/batches"} or path.endswith("/replay")
+        submits = (method == "POST" and path in {"/jobs", "/batches", "/uploads"}) or path.endswith("/replay")
         return {"jobs:write", "jobs:submit" if submits else "jobs:manage"}
 
     for scope in SCOPES:

@@ -1,5 +1,6 @@
 """Projects do not see each other: over every route, in lists, keys of objects, presigned URLs and idempotency keys."""
 
+import io
 import re
 from typing import Any
 from urllib.parse import urlsplit
@@ -8,13 +9,15 @@ from uuid import UUID, uuid4
 import httpx
 import orjson
 import pytest
+from PIL import Image
 
 from farm.objects import image_key
-from tests.api.conftest import HEALTH, PROMPT, Api, operations, problem_of
+from tests.api.conftest import HEALTH, PROMPT, Api, made_up, operations, problem_of
 
-FARM_WIDE = {"/version", "/workers", "/queue", "/checkpoints", "/adapters", "/vaes"}
+FARM_WIDE = {"/version", "/workers", "/queue", "/checkpoints", "/adapters", "/vaes", "/controlnets"}
 """Read by everybody: what can be named and how long queues are, by lane, without a word of whose they are."""
 ADMIN = re.compile(r"/(keys|projects|registrations)\b")
+NAME = re.compile(r"\b\w+_(?:id|hash)\b")
 JSON = {"Content-Type": "application/json"}
 BODIES: dict[str, Any] = {
     "/batches/batch_id/priority": {"priority": 7},
@@ -31,17 +34,25 @@ class Tenants:
         self.job = str(api.render(1)[0])
         self.webhook = api.http.post("/webhooks", json={"url": "https://receiver.example/"}).json()
         api.http.post(f"/webhooks/{self.webhook['id']}/ping")
-        self.ids = {"job_id": self.job, "batch_id": self.batch["id"], "webhook_id": self.webhook["id"]}
+        picture = io.BytesIO()
+        Image.new("RGB", (8, 8), "red").save(picture, "PNG")
+        sent = api.http.post("/uploads", content=picture.getvalue(), headers={"Content-Type": "image/png"})
+        self.ids = {
+            "job_id": self.job,
+            "batch_id": self.batch["id"],
+            "webhook_id": self.webhook["id"],
+            "upload_hash": sent.json()["hash"],
+        }
         self.secrets = [*self.ids.values(), PROMPT, self.webhook["url"], "mine"]
         key = api.new_key("jobs:read", "jobs:submit", "jobs:manage", project="strangers")
         self.stranger = api.client(key)
 
     def path(self, template: str) -> str:
-        return re.sub(r"\b\w+_id\b", lambda name: self.ids.get(name[0], str(uuid4())), template)
+        return NAME.sub(lambda name: self.ids.get(name[0], str(uuid4())), template)
 
     def rows(self) -> dict[str, list[Any]]:
         """All that the first project can see of its own."""
-        paths = ("/jobs", "/batches", "/webhooks", f"/webhooks/{self.webhook['id']}/deliveries", "/project")
+        paths = ("/jobs", "/batches", "/uploads", "/webhooks", f"/webhooks/{self.webhook['id']}/deliveries", "/project")
         documents = {path: self.api.http.get(path).json() for path in paths}
         for batch in documents["/batches"]["items"]:
             batch.pop("images_per_second")
@@ -64,24 +75,22 @@ def tenant_operations(api: Api) -> list[tuple[str, str]]:
 
 def test_what_belongs_to_another_project_does_not_exist(tenants: Tenants) -> None:
     before = tenants.rows()
-    ours = [(method, path) for method, path in tenant_operations(tenants.api) if "_id" in path]
-    assert {name for _, path in ours for name in re.findall(r"\w+_id", path)} == set(tenants.ids)
+    ours = [(method, path) for method, path in tenant_operations(tenants.api) if NAME.search(path)]
+    assert {name for _, path in ours for name in NAME.findall(path)} == set(tenants.ids)
     for method, path in ours:
         body = orjson.dumps(BODIES[path]) if path in BODIES and method != "GET" else None
         answer = tenants.stranger.request(method, tenants.path(path), content=body, headers=JSON if body else {})
         document = problem_of(answer, 404, "not-found")
-        nobody = tenants.stranger.request(
-            method, re.sub(r"\w+_id\b", str(uuid4()), path), content=body, headers=JSON if body else {}
-        ).json()
+        nobody = tenants.stranger.request(method, made_up(path), content=body, headers=JSON if body else {}).json()
         # Told apart by nothing but the id that was asked for.
-        strip = re.compile(r"[0-9a-f]{8}-[0-9a-f-]{27}")
+        strip = re.compile(r"[0-9a-f]{8}-[0-9a-f-]{27}|[0-9a-f]{64}")
         assert strip.sub("", document["detail"]) == strip.sub("", nobody["detail"])
     assert tenants.rows() == before
 
 
 def test_lists_and_farm_wide_routes_tell_nothing_of_others(tenants: Tenants) -> None:
     for method, path in tenant_operations(tenants.api):
-        if method != "GET" or "_id" in path:
+        if method != "GET" or NAME.search(path):
             continue
         answer = tenants.stranger.get(path)
         assert answer.status_code == 200, path

@@ -42,7 +42,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"guidance_scale": -0.1}, "guidance_scale", "greater than"),
     ({"guidance_scale": 31}, "guidance_scale", "less than"),
     ({"guidance_scale": "1.0"}, "guidance_scale", "number"),
-    ({"scheduler": "heun"}, "scheduler", "lcm"),
+    ({"scheduler": "henn"}, "scheduler", "lcm"),
     ({"scheduler": "euler"}, "scheduler", "needs scheduler lcm"),
     ({"seed": -1}, "seed", "greater than"),
     ({"seed": 2**53}, "seed", "less than"),

@@ -169,6 +169,7 @@ def test_models_are_listed(run: Run, fake: FakeFarm) -> None:
     }
     fake.on("GET", f"{API}/checkpoints", page(model | {"profile": {}}))
     fake.on("GET", f"{API}/vaes", page(model | {"name": "taesd", "tiny": True}))
+    fake.on("GET", f"{API}/controlnets", page())
     fake.on("GET", f"{API}/adapters", page(model | {"name": "lcm", "kind": "acceleration"}))
     lines = [orjson.loads(line) for line in run("models", "list", "--json").stdout.splitlines()]
     assert [(line["name"], line["kind"]) for line in lines] == [

@@ -18,7 +18,7 @@ from farm import db
 from farm.db import Database, alembic_config, migrate
 from farm.errors import SchemaMismatch
 from farm.models import SCHEMA_VERSION, Base
-from farm.queries import claiming
+from farm.queries import claiming, finishing
 from farm.scheduling import Warm
 from farm.settings import Settings
 from tests.farm.conftest import Queue
@@ -144,3 +144,31 @@ def test_finding_work_walks_its_indexes(queue: Queue) -> None:
     assert filling.count("ix_segments_set on segments") == 2
     assert "ix_segments_lane on segments" in plan(queue, claiming._LANE, others)
     assert queue.do(claiming.claim_exists, uuid.uuid4()) is False
+
+
+def test_rescuing_costs_what_is_lost_and_not_what_is_there(queue: Queue) -> None:
+    """Most of the claims are closed and most of the jobs are done; a look for expired ones reads neither."""
+    queue.submit(3000)
+    while claimed := queue.claim(limit=100):
+        queue.finish(claimed)
+    closed = text("""
+        INSERT INTO claims (id, worker_id, lease_until, created_at, closed_at)
+        SELECT gen_random_uuid(), gen_random_uuid(), now(), now(), now() FROM generate_series(1, 5000)
+    """)
+    queue.do(lambda conn: conn.execute(closed))
+    queue.submit(20)
+    lost = queue.claim(limit=4)
+    assert lost is not None
+    queue.do(lambda conn: conn.execute(text("ANALYZE")))
+    now = queue.do(claiming.database_now)
+    expired = {"worker": None, "lease": queue.settings.lease, "limit": 1000, "now": now}
+    ids = [job.id for job in lost.jobs]
+    for found in (
+        plan(queue, finishing._EXPIRED, expired),
+        plan(queue, finishing._EXPIRED, expired | {"worker": queue.worker}),
+        plan(queue, finishing._LOCK_FREE, {"ids": ids}),
+        plan(queue, finishing._END_CLAIMS, {"ids": [lost.claim_id], "worker": None, "now": now}),
+    ):
+        for table in ("jobs", "attempts", "claims"):
+            assert f"Seq Scan on {table}" not in found, found
+    assert "ix_claims_open" in plan(queue, finishing._EXPIRED, expired)

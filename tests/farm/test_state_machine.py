@@ -1,6 +1,8 @@
-"""Random sequences of submit, claim, finish, crash, rescue, cancel, pause and retry against a small model."""
+"""Random sequences of submit, claim, renew, finish, crash, rescue, cancel, pause and retry against a small model,
+and two connections that race for the same jobs."""
 
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from farm.jobs import Claimed, Warm
 from farm.queries import claiming, maintaining
 from farm.states import TRANSITIONS, JobState, Outcome
 from tests.farm.conftest import Queue
+from tests.farm.test_running import old_server
 
 
 def machine_for(queue: Queue) -> type[RuleBasedStateMachine]:
@@ -56,6 +59,66 @@ def machine_for(queue: Queue) -> type[RuleBasedStateMachine]:
         def crash(self, data: Any) -> None:
             worker, _ = data.draw(strategies.sampled_from(self.claims))
             queue.do(jobs.rescue, settings=queue.settings, worker=worker)
+
+        @precondition(lambda self: self.claims)
+        @rule(data=strategies.data())
+        def renew(self, data: Any) -> None:
+            """A claim is held as long as one of its attempts is open, and no longer; nothing else changes."""
+            worker, claimed = data.draw(strategies.sampled_from(self.claims))
+            before = self.rows()
+            told = queue.do(jobs.renew, worker=worker, claims=[claimed.claim_id], settings=queue.settings)
+            held = any(before[job.id][:2] == ("running", job.attempt) for job in claimed.jobs)
+            assert told.lost == (set() if held else {claimed.claim_id})
+            assert self.rows() == before
+
+        @precondition(lambda self: self.claims)
+        @rule()
+        def time_passes(self) -> None:
+            """Leases run out, of all that nobody renews: those jobs come back, the others stay."""
+            kept = self.claims[-1] if self.claims else None
+            later = queue.do(claiming.database_now) + queue.settings.lease * 1.5
+            if kept is not None:
+                who, claimed = kept
+                queue.do(jobs.renew, worker=who, claims=[claimed.claim_id], settings=queue.settings, now=later)
+            before = self.rows()
+            queue.do(jobs.rescue, settings=queue.settings, now=later + queue.settings.lease * 0.5)
+            after = self.rows()
+            mine = {job.id for job in kept[1].jobs} if kept is not None else set()
+            for job, (state, attempt) in before.items():
+                if state != "running" or (job in mine and attempt == self._attempt_of(kept, job)):
+                    assert after[job] == (state, attempt)
+                else:
+                    assert after[job][0] != "running"
+
+        @staticmethod
+        def _attempt_of(kept: Any, job: uuid.UUID) -> int:
+            return next(one.attempt for one in kept[1].jobs if one.id == job)
+
+        @precondition(lambda self: self.claims)
+        @rule(data=strategies.data(), rival=strategies.sampled_from(["claim", "rescue", "cancel", "finish", "renew"]))
+        def race(self, data: Any, rival: str) -> None:
+            """Two connections at the same moment: a worker finishes while somebody else means the same jobs.
+
+            Whoever comes second finds what the first left; the invariants say whether anything was torn.
+            """
+            worker, claimed = data.draw(strategies.sampled_from(self.claims))
+            acts = {
+                "claim": lambda: self.claim(4),
+                "rescue": lambda: queue.do(jobs.rescue, settings=queue.settings, worker=worker),
+                "cancel": lambda: queue.do(jobs.cancel_batch, queue.project, claimed.jobs[0].batch_id),
+                "finish": lambda: queue.finish(claimed, Outcome.GIVEN_BACK),
+                "renew": lambda: queue.do(
+                    jobs.renew, worker=worker, claims=[claimed.claim_id], settings=queue.settings
+                ),
+            }
+            with ThreadPoolExecutor(2) as threads:
+                both = [threads.submit(queue.finish, claimed), threads.submit(acts[rival])]
+                answers = both[0].result()
+                both[1].result()
+            after = self.rows()
+            for job in claimed.jobs:
+                if rival != "finish" and answers[job.id] == "done":
+                    assert after[job.id] == ("succeeded", job.attempt)
 
         @precondition(lambda self: self.batches)
         @rule(data=strategies.data(), verb=strategies.sampled_from(["cancel", "pause", "resume", "retry"]))
@@ -143,8 +206,9 @@ def machine_for(queue: Queue) -> type[RuleBasedStateMachine]:
     return Machine
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(400)
 def test_the_queue_follows_its_model(queue: Queue) -> None:
+    old_server(queue)
     run_state_machine_as_test(
         machine_for(queue),
         settings=settings(

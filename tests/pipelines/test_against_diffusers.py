@@ -9,12 +9,17 @@ import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
+    DDPMScheduler,
+    DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
     LCMScheduler,
+    PNDMScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
+    UniPCMultistepScheduler,
 )
 
 from farm.recipe import Recipe
@@ -22,13 +27,28 @@ from workers.pipelines.engine import Engine
 
 from .conftest import go_on, recipe
 
-STOCK = {
-    "lcm": LCMScheduler,
-    "ddim": DDIMScheduler,
-    "euler": EulerDiscreteScheduler,
-    "euler-a": EulerAncestralDiscreteScheduler,
-    "dpmpp-2m": DPMSolverMultistepScheduler,
+DPMPP = {"algorithm_type": "dpmsolver++", "solver_order": 2}
+STOCK: dict[str, tuple[Any, dict[str, Any]]] = {
+    "lcm": (LCMScheduler, {}),
+    "ddim": (DDIMScheduler, {}),
+    "ddpm": (DDPMScheduler, {}),
+    "deis": (DEISMultistepScheduler, {}),
+    "dpmpp-2m": (DPMSolverMultistepScheduler, DPMPP),
+    "dpmpp-2m-karras": (DPMSolverMultistepScheduler, {**DPMPP, "use_karras_sigmas": True}),
+    "dpmpp-2m-sde": (DPMSolverMultistepScheduler, {**DPMPP, "algorithm_type": "sde-dpmsolver++"}),
+    "euler": (EulerDiscreteScheduler, {}),
+    "euler-a": (EulerAncestralDiscreteScheduler, {}),
+    "heun": (HeunDiscreteScheduler, {}),
+    "pndm": (PNDMScheduler, {"skip_prk_steps": True}),
+    "unipc": (UniPCMultistepScheduler, {}),
 }
+"""What a person would write with diffusers alone, by the farm's name."""
+PLAIN = sorted(STOCK.keys() - {"lcm"})
+
+
+def scheduler_of(name: str, config: Any) -> Any:
+    kind, options = STOCK[name]
+    return kind.from_config(config, **options)
 
 
 @pytest.fixture
@@ -47,7 +67,7 @@ def stock_xl(sdxl_folder: Path) -> Any:
 
 def by_diffusers(pipe: Any, recipes: Sequence[Recipe], **options: Any) -> list[np.ndarray]:
     first = recipes[0]
-    pipe.scheduler = STOCK[first.scheduler].from_config(pipe.scheduler.config)
+    pipe.scheduler = scheduler_of(first.scheduler, pipe.scheduler.config)
     answer = pipe(
         [one.prompt for one in recipes],
         width=first.width,
@@ -87,12 +107,14 @@ def test_lcm_with_guidance_and_negative_prompts(engine: Engine, stock: Any) -> N
     same(by_farm(engine, recipes), by_diffusers(stock, recipes, negative_prompt=negative))
 
 
-@pytest.mark.parametrize("scheduler", ["ddim", "euler", "euler-a", "dpmpp-2m"])
+@pytest.mark.parametrize("scheduler", PLAIN)
 def test_plain_samplers(engine: Engine, stock: Any, scheduler: str) -> None:
     recipes = [recipe(n, scheduler=scheduler, steps=6, guidance_scale=3.0, width=96) for n in range(2)]
-    options = {"algorithm_type": "dpmsolver++", "solver_order": 2} if scheduler == "dpmpp-2m" else {}
-    stock.scheduler = STOCK[scheduler].from_config(stock.scheduler.config, **options)
     same(by_farm(engine, recipes), by_diffusers(stock, recipes))
+    same(by_farm(engine, recipes[:1]), by_diffusers(stock, recipes[:1]))
+    heard: list[tuple[int, int]] = []
+    engine.render(engine.stage(recipes), recipes, lambda *counted: heard.append(counted) or ())
+    assert heard == [(done + 1, len(heard)) for done in range(len(heard))], "as many steps as were told"
 
 
 @pytest.mark.parametrize("prediction", ["v_prediction", "sample"])

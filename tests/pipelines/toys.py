@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    ControlNetModel,
     DDIMScheduler,
     EulerDiscreteScheduler,
     StableDiffusionPipeline,
@@ -127,6 +128,17 @@ def sdxl(folder: Path, **changes: Any) -> Path:
     )
     pipeline.save_pretrained(folder / "checkpoint", safe_serialization=True)
     return folder / "checkpoint"
+
+
+def controlnet(folder: Path, checkpoint: Path, seed: int = 5, **changes: Any) -> Path:
+    """A ControlNet for a checkpoint's UNet, with what training would have made of its zero convolutions."""
+    torch.manual_seed(seed)
+    of = UNet2DConditionModel.from_pretrained(checkpoint, subfolder="unet", local_files_only=True)
+    made = ControlNetModel.from_unet(of, conditioning_embedding_out_channels=(4, 8, 8, 8), **changes)
+    for layer in (*made.controlnet_down_blocks, made.controlnet_mid_block, made.controlnet_cond_embedding.conv_out):
+        torch.nn.init.normal_(layer.weight, std=0.2)
+    made.save_pretrained(folder, safe_serialization=True)
+    return folder
 
 
 def ssd1b(folder: Path) -> Path:

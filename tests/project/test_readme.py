@@ -74,7 +74,7 @@ def test_the_two_commands_are_targets_of_make() -> None:
 
 def test_ci_runs_make_test_and_nothing_else() -> None:
     lines = [line for line in (ROOT / ".ci/run").read_text().splitlines() if line and not line.startswith("#")]
-    assert lines == ["set -euo pipefail", 'cd "$(dirname "$0")/.."', "make test"]
+    assert lines == ["set -euo pipefail", 'cd "$(dirname "$0")/.."', "make test", "make chaos"]
     assert os.access(ROOT / ".ci/run", os.X_OK)
 
 
@@ -137,7 +137,7 @@ def documented_commands() -> list[list[str]]:
 
 @pytest.mark.parametrize("words", documented_commands(), ids=" ".join)
 def test_every_documented_command_and_option_exists(words: list[str]) -> None:
-    group = words[:2] if words[0] in {"keys", "models", "train"} else words[:1]
+    group = words[:2] if words[0] in {"keys", "models", "projects", "train", "webhooks"} else words[:1]
     help_text = CliRunner().invoke(app, [*group, "--help"], env={"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"})
     assert help_text.exit_code == 0, f"there is no farm {' '.join(group)}"
     for option in (word.split("=")[0] for word in words if word.startswith("--")):

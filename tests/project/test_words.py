@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 FOLDERS = ("farm", "workers", "api", "migrations", "tests", "benchmarks", "docs", ".ci")
 LONGEST = 400
 """Lines. Most files have half of that; tables, and what a migration created, may be longer."""
-WRITTEN = {"benchmarks/out/"}
+WRITTEN = ("benchmarks/out",)
 """Made by programs: not there in a fresh clone."""
 # Written with brackets so that this file does not find itself.
 UNFINISHED = r"\b(?:TO[D]O|FIX[M]E|X[X]X|NotImplemented[E]rror)\b"
@@ -25,6 +25,8 @@ def texts() -> Iterator[tuple[str, str]]:
     paths = [path for path in ROOT.iterdir() if path.is_file() and path.name not in {".env", ".git"}]
     for folder in FOLDERS:
         paths += [path for path in (ROOT / folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    written = tuple(str(ROOT / folder) for folder in WRITTEN)
+    paths = [path for path in paths if not str(path).startswith(written)]
     for path in paths:
         data = path.read_bytes() if path.stat().st_size < 1_000_000 else b"\0"
         if b"\0" not in data:
@@ -68,6 +70,6 @@ def test_paths_that_documents_name_exist() -> None:
         for name, text in texts()
         if name.endswith(".md")
         for path in named.findall(text)
-        if path not in WRITTEN and not (ROOT / path).exists()
+        if not path.startswith(WRITTEN) and not (ROOT / path).exists()
     ]
     assert not gone

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from sqlalchemy import text
 
-from farm import catalogue, jobs, keys, registrations, submission
+from farm import catalogue, jobs, keys, registrations, submission, uploads
 from farm.errors import Conflict, InvalidRequest
 from farm.maintenance import Sweeper
 from farm.queries import claiming
@@ -39,8 +39,9 @@ def render(bench: Bench, **fields: Any) -> tuple[Any, dict[str, Any]]:
     known = bench.do(catalogue.load, bench.store)
     row = {"prompt": "A single split crack on a concrete wall", "seed": 1, "steps": 2, **fields}
     now = bench.do(claiming.database_now)
+    sent = uploads.Known(lambda hashes: bench.do(uploads.sizes, mine, hashes))
     with submission.prepare(
-        [row], defaults={}, catalogue=known, settings=bench.settings, name="one", now=now
+        [row], defaults={}, catalogue=known, settings=bench.settings, name="one", now=now, uploads=sent
     ) as prepared:
         batch = bench.do(jobs.submit, prepared, project_id=mine, pool=bench.settings.pool)
     assert bench.executor.work_once()
@@ -165,6 +166,26 @@ def test_vaes_by_name_and_the_tiny_one(bench: Bench, sd_folder: Path, tmp_path: 
     with pytest.raises(InvalidRequest) as caught:
         render(bench, checkpoint="toy", acceleration="none", vae="nothing")
     assert caught.value.problems[0]["field"] == "vae"
+
+
+def test_controlnets_find_their_family_and_are_followed(bench: Bench, sd_folder: Path, tmp_path: Path) -> None:
+    family = bench.add("toy", sd_folder, profile=PROFILE).family
+    ended = bench.add("edges", toys.controlnet(tmp_path / "edges", sd_folder), "controlnet")
+    assert (ended.family, ended.notes) == (family, [])
+    (view,) = bench.do(catalogue.list_controlnets)
+    assert (view.name, view.hash) == ("edges", ended.hash)
+    out = io.BytesIO()
+    Image.effect_noise((64, 64), 90).save(out, "PNG")
+    sent, _ = uploads.add(bench.database, bench.store, bench.settings, project(bench), out.getvalue(), "image/png")
+    plain, _ = render(bench, checkpoint="toy", acceleration="none")
+    asked = {"name": "edges", "image": sent.hash, "weight": 0.8, "end": 0.5}
+    followed, told = render(bench, checkpoint="toy", acceleration="none", controls=[asked])
+    assert followed.image.sha256 != plain.image.sha256
+    assert followed.controls[0].model_dump() == {**asked, "start": 0.0}
+    assert [one["name"] for one in told["models"]] == ["toy", "edges"]
+    assert told["recipe"]["controls"][0]["hash"] == ended.hash
+    (warm,) = bench.engine.warm()
+    assert warm["controlnets"] == [{"hash": ended.hash}]
 
 
 def test_refused_adapters_name_file_key_and_reason(

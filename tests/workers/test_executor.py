@@ -41,9 +41,9 @@ class Ordered(StubRenderer):
     def _misbehave(self, recipes: Any) -> None:
         self.before_step()
 
-    def stage(self, recipes: Any) -> str:
+    def stage(self, recipes: Any, pictures: Any) -> str:
         self.staging()
-        return super().stage(recipes)
+        return super().stage(recipes, pictures)
 
 
 @pytest.fixture

@@ -6,10 +6,11 @@ import hashlib
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import structlog
@@ -22,12 +23,15 @@ from workers.pipelines.cache import Entry, Residents
 from workers.pipelines.costs import Costs, Way
 from workers.pipelines.device import Device, choose, host_budget, is_fatal, is_out_of_memory
 from workers.pipelines.factors import Use
+from workers.pipelines.guides import Guide, guide_of
 from workers.pipelines.library import Library
+from workers.pipelines.load import measured
 from workers.pipelines.lru import Shelf
 from workers.pipelines.merge import text_key
 from workers.pipelines.parts import in_parts
 from workers.pipelines.prompts import Text, all_known, texts
 from workers.pipelines.render import OnStep, Picture, render
+from workers.pipelines.sampling import evaluations
 from workers.pipelines.slots import distinct
 
 LANES_REMEMBERED = 256
@@ -54,14 +58,16 @@ class WarmState(NamedTuple):
 class Staged:
     """Everything a micro-batch needs, read and checked, in host memory or on the device already.
 
-    `styles` holds the adapters of each adapter set in it. Keeps its checkpoint from being dropped until `close`, which
-    rendering does; an abandoned one closes itself.
+    `styles` holds the adapters of each adapter set in it, `guides` the pictures each recipe draws from. Keeps its
+    checkpoint from being dropped until `close`, which rendering does; an abandoned one closes itself.
     """
 
     entry: Entry
     vae: Any | None
     acceleration: tuple[Use, ...]
     styles: dict[str, tuple[Use, ...]]
+    controlnets: dict[str, Any] = field(default_factory=dict)
+    guides: tuple[Guide, ...] = ()
     finalizer: weakref.finalize[..., Staged] | None = None
 
     def close(self) -> None:
@@ -98,16 +104,19 @@ class Engine:
         """Most images of this lane that fit the device at once, as far as is known."""
         return self._limits.get(lane, self._most)
 
-    def stage(self, recipes: Sequence[Recipe]) -> Staged:
+    def stage(self, recipes: Sequence[Recipe], pictures: Mapping[str, Picture] = MappingProxyType({})) -> Staged:
         """Fetch, verify and parse what these recipes need, outside the device lock. They share their lane.
 
-        Raises InvalidModel for a checkpoint or adapter that cannot be used, InvalidRequest for recipes of two lanes.
+        `pictures` holds what they draw from by hash, of any size. Raises InvalidModel for a model that cannot be used,
+        InvalidRequest for recipes of two lanes or a picture that is missing, OutOfMemory for what can never fit.
         """
         first = recipes[0]
         if any(one.lane != first.lane for one in recipes):
             raise InvalidRequest("recipes of one micro-batch must share their lane")
+        guides = tuple(guide_of(one, pictures) for one in recipes) if first.pictures else ()
         entry = self._library.hold(first.checkpoint)
         try:
+            controlnets = self._library.controlnets([use.hash for use in first.controls or ()], entry.loaded)
             vae = (
                 self._library.vae(first.vae, entry.loaded) if first.vae and first.vae not in entry.loaded.vaes else None
             )
@@ -116,7 +125,7 @@ class Engine:
         except BaseException:
             self._residents.release(entry)
             raise
-        staged = Staged(entry, vae, acceleration, styles)
+        staged = Staged(entry, vae, acceleration, styles, controlnets, guides)
         staged.finalizer = weakref.finalize(staged, self._residents.release, entry)
         return staged
 
@@ -128,7 +137,9 @@ class Engine:
         same pictures; `on_step` then counts the steps of all parts. Raises OutOfMemory if one image alone does not fit,
         RenderFailed (with `fatal=True` when the device is lost) for everything else that goes wrong.
         """
-        entry, lane, steps = staged.entry, recipes[0].lane, recipes[0].steps
+        first = recipes[0]
+        entry, lane = staged.entry, first.lane
+        steps = evaluations(first.scheduler, first.steps, first.first_step)
         groups: dict[str, list[int]] = {}
         for place, recipe in enumerate(recipes):
             groups.setdefault(recipe.adapter_set, []).append(place)
@@ -138,9 +149,9 @@ class Engine:
                 list(groups.values()) if way == "merged" else [list(range(len(recipes)))],
                 steps,
                 on_step,
-                lambda part, heard: self._once(staged, [recipes[place] for place in part], heard, way),
+                lambda part, heard: self._once(staged, recipes, part, heard, way),
                 lambda: self.limit(lane),
-                partial(self._shrink, entry, recipes[0]),
+                partial(self._shrink, entry, first),
             )
         finally:
             staged.close()
@@ -155,6 +166,7 @@ class Engine:
                 "adapters": [{"hash": hash_, "weight": weight} for hash_, weight in entry.loaded.merger.uses],
                 "adapter_set": entry.adapter_set,
                 "slots": [{"hash": hash_} for hash_ in entry.loaded.slots.resident],
+                "controlnets": [{"hash": hash_} for hash_ in entry.loaded.controlnets],
                 "bytes": entry.bytes,
                 "pristine_bytes": entry.loaded.merger.bytes,
                 "load_seconds": round(entry.loaded.load_seconds, 3),
@@ -208,9 +220,11 @@ class Engine:
         return self.costs.choose(lane, groups)
 
     def _once(
-        self, staged: Staged, recipes: Sequence[Recipe], on_step: OnStep, way: Way
+        self, staged: Staged, every: Sequence[Recipe], part: Sequence[int], on_step: OnStep, way: Way
     ) -> list[Picture | None] | None:
-        """Render these at once. None when memory ran out; everything it held is let go by then."""
+        """Render those at these places at once. None when memory ran out; everything it held is let go by then."""
+        recipes = [every[place] for place in part]
+        guides = [staged.guides[place] for place in part] if staged.guides else []
         entry, pipeline, lane = staged.entry, staged.entry.loaded, recipes[0].lane
         filling = self._prepare(staged, recipes[0], way)
         vae = pipeline.vaes[recipes[0].vae] if recipes[0].vae else pipeline.vae
@@ -221,7 +235,7 @@ class Engine:
                 pipeline.slots.choose([staged.styles[one.adapter_set] for one in recipes]) if way == "slots" else None
             )
             entry.renders += 1
-            pictures = render(pipeline, vae, recipes, told, on_step, self._device, chosen)
+            pictures = render(pipeline, vae, recipes, told, on_step, self._device, chosen, guides)
         except Exception as error:  # noqa: BLE001  # sorted in there: only out of memory passes
             self._raise_unless_memory(error)
         else:
@@ -264,6 +278,7 @@ class Engine:
                 self._residents.admit(entry)
                 if staged.vae is not None and recipe.vae is not None:
                     entry.loaded.vaes.setdefault(recipe.vae, staged.vae.to(self._device.place))
+                self._seat(staged)
                 filling = self._merge(staged, recipe, way)
             except Exception as error:  # noqa: BLE001  # sorted in there: only out of memory passes
                 self._raise_unless_memory(error)
@@ -281,6 +296,18 @@ class Engine:
         while len(self._lanes) > LANES_REMEMBERED:
             self._lanes.popitem(last=False)
         return filling
+
+    def _seat(self, staged: Staged) -> None:
+        """Its ControlNets on the device. Others of this checkpoint leave where there is no room for all."""
+        pipeline = staged.entry.loaded
+        new = {hash_: net for hash_, net in staged.controlnets.items() if hash_ not in pipeline.controlnets}
+        extra = sum(measured(net.parameters()) for net in new.values())
+        if pipeline.bytes + extra > self._device.budget:
+            for hash_ in pipeline.controlnets.keys() - staged.controlnets.keys():
+                del pipeline.controlnets[hash_]
+        self._residents.reserve(staged.entry, extra)
+        for hash_, net in new.items():
+            pipeline.controlnets[hash_] = net.to(self._device.place)
 
     def _merge(self, staged: Staged, recipe: Recipe, way: Way) -> float:
         """The weights as this recipe's lane wants them; its adapter set merged, or every set of `staged` in slots.

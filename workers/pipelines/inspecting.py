@@ -9,7 +9,16 @@ from typing import Any, NamedTuple
 
 from farm import families
 from farm.errors import InvalidModel
-from farm.modelfiles import FoundModel, Kind, kind_of, read_adapter, read_checkpoint, read_vae
+from farm.modelfiles import (
+    FoundModel,
+    Kind,
+    kind_of,
+    read_adapter,
+    read_checkpoint,
+    read_controlnet,
+    read_json,
+    read_vae,
+)
 from farm.safefile import read_header
 from farm.views import CheckpointView
 from workers.pipelines import adapters, original, structure
@@ -43,14 +52,21 @@ def inspect(
     `checkpoints` are those registered, `fetch` answers one's folder. Raises InvalidModel with file, key and reason.
     """
     found = kind_of(path)
-    expected = {"checkpoint": ("checkpoint", "original"), "vae": ("vae", "original")}.get(kind, ("adapter",))
+    expected = {
+        "checkpoint": ("checkpoint", "original"),
+        "vae": ("vae", "original"),
+        "controlnet": ("controlnet",),
+    }.get(kind, ("adapter",))
     if found not in expected:
         said = {"checkpoint": "a checkpoint", "original": "a checkpoint", "vae": "a VAE", "adapter": "an adapter"}
+        said["controlnet"] = "a ControlNet"
         raise InvalidModel(f"{path.name}: this is {said[found]}; register it as one")
     if kind == "checkpoint":
         return _checkpoint(path, wanted, scratch)
     if kind == "vae":
         return _vae(path, wanted, scratch)
+    if kind == "controlnet":
+        return _controlnet(path, wanted, checkpoints, fetch)
     return _adapter(path, wanted, checkpoints, fetch)
 
 
@@ -82,6 +98,27 @@ def _vae(path: Path, wanted: Mapping[str, Any], scratch: Path) -> FoundModel:
     return found.of_family(families.latents_of(found.family))
 
 
+def _controlnet(
+    path: Path, wanted: Mapping[str, Any], checkpoints: Sequence[CheckpointView], fetch: Fetch
+) -> FoundModel:
+    found = read_controlnet(path)
+    structure.check_part(path, "controlnet")
+    config = read_json(path / "config.json")
+    reasons = {
+        family: structure.controls(config, one.unet())
+        for family, one in _candidates(wanted.get("family"), checkpoints, fetch).items()
+    }
+    fits = [family for family, reason in reasons.items() if reason is None]
+    if not fits:
+        raise InvalidModel(f"{path.name}: {_told({family: str(reason) for family, reason in reasons.items()})}")
+    if len(fits) > 1:
+        # Of known families the first one: SSD-1B is a pruned SDXL, and what is trained for SDXL controls both.
+        named = [family for family in fits if family in families.KNOWN]
+        if len(named) < len(fits):
+            raise InvalidModel(f"{path.name}: fits {' and '.join(fits)} alike; name the family it is made for")
+    return found.of_family(fits[0])
+
+
 def _adapter(path: Path, wanted: Mapping[str, Any], checkpoints: Sequence[CheckpointView], fetch: Fetch) -> FoundModel:
     found = read_adapter(path)
     candidates = _candidates(wanted.get("family"), checkpoints, fetch)
@@ -110,22 +147,30 @@ def _adapter(path: Path, wanted: Mapping[str, Any], checkpoints: Sequence[Checkp
 
 
 class _Family(NamedTuple):
-    """A family an adapter may be made for: its cross-attention width, and its weights' shapes, found out when asked."""
+    """A family an adapter may be made for: its cross-attention width; its weights' shapes and its UNet's configuration,
+    found out when asked."""
 
     width: int | None
     shapes: Callable[[], Shapes]
+    unet: Callable[[], Mapping[str, Any]]
 
 
 def _candidates(family: str | None, checkpoints: Sequence[CheckpointView], fetch: Fetch) -> dict[str, _Family]:
     """The families there are: those the farm knows by heart, and those of registered checkpoints."""
     every = {
-        name: _Family(families.template(name)["unet"]["cross_attention_dim"], partial(structure.known_shapes, name))
+        name: _Family(
+            families.template(name)["unet"]["cross_attention_dim"],
+            partial(structure.known_shapes, name),
+            partial(_known_unet, name),
+        )
         for name in families.KNOWN
     }
     for view in checkpoints:
         if view.family not in families.KNOWN:
             every[view.family] = _Family(
-                view.profile.get("cross_attention_dim"), partial(_registered, fetch, view.hash)
+                view.profile.get("cross_attention_dim"),
+                partial(_registered, fetch, view.hash),
+                partial(_unet_of, fetch, view.hash),
             )
     if family is None:
         return every
@@ -136,6 +181,15 @@ def _candidates(family: str | None, checkpoints: Sequence[CheckpointView], fetch
 
 def _registered(fetch: Fetch, checkpoint: str) -> Shapes:
     return structure.folder_shapes(fetch(checkpoint))
+
+
+def _known_unet(family: str) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = families.template(family)["unet"]
+    return found
+
+
+def _unet_of(fetch: Fetch, checkpoint: str) -> Mapping[str, Any]:
+    return read_json(fetch(checkpoint) / "unet" / "config.json")
 
 
 def _told(reasons: Mapping[str, str]) -> str:

@@ -14,7 +14,13 @@ from typing import Any, Literal, NamedTuple
 
 import orjson
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    ControlNetModel,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 from diffusers.utils import constants
 from torch import Tensor, nn
 
@@ -79,6 +85,7 @@ class Pipeline:
     zero_empty_negative: bool
     load_seconds: float
     vaes: dict[str, Any] = field(default_factory=dict)
+    controlnets: dict[str, Any] = field(default_factory=dict)
     merger: Merger = field(init=False)
     slots: Slots = field(init=False)
     structure: str = field(init=False)
@@ -99,6 +106,7 @@ class Pipeline:
         yield self.vae
         yield from (encoder.model for encoder in self.encoders)
         yield from self.vaes.values()
+        yield from self.controlnets.values()
 
     def move(self, device: torch.device) -> None:
         """Everything of this pipeline to a device, merged weights and pristine copies alike."""
@@ -120,8 +128,13 @@ class Pipeline:
     @property
     def bytes(self) -> int:
         """Bytes of all weights, buffers, pristine copies and slots, each storage counted once."""
-        others = sum(measured(_tensors(vae)) for vae in self.vaes.values())
+        others = sum(measured(_tensors(one)) for one in (*self.vaes.values(), *self.controlnets.values()))
         return self._own_bytes + others + self.merger.bytes + self.slots.bytes
+
+    @property
+    def bare_bytes(self) -> int:
+        """Bytes of the checkpoint alone."""
+        return self._own_bytes
 
     @cached_property
     def _own_bytes(self) -> int:
@@ -160,6 +173,13 @@ def check_folder(folder: Path) -> Family:
     for part in WITH_WEIGHTS:
         if part in wanted:
             check_weights(folder / part)
+    channels = _json(folder / "unet", "config.json").get("in_channels", 4)
+    latent = _json(folder / "vae", "config.json").get("latent_channels", 4)
+    if channels != latent:
+        raise InvalidModel(
+            f"{folder.name}/unet/config.json: a UNet of {channels} input channels for latents of {latent}: made for "
+            "inpainting alone; its base model inpaints as well"
+        )
     return family
 
 
@@ -187,6 +207,27 @@ def estimate(folder: Path, dtype: torch.dtype, vae_dtype: torch.dtype) -> int:
         for file in [one for one in files if (".fp16" in one.name) == half] or files:
             total += sum(math.prod(one.shape) * wide for one in read_header(file).tensors.values())
     return total
+
+
+def estimate_part(folder: Path, dtype: torch.dtype) -> int:
+    """Bytes the weights of one part's folder will take in memory, from its files' headers. Raises InvalidModel."""
+    check_weights(folder)
+    files = sorted(folder.glob("*.safetensors"))
+    return sum(math.prod(one.shape) * dtype.itemsize for file in files for one in read_header(file).tensors.values())
+
+
+def load_controlnet(folder: Path, dtype: torch.dtype) -> Any:
+    """Read a ControlNet into host memory. Raises InvalidModel."""
+    check_weights(folder)
+    name = _json(folder, "config.json").get("_class_name")
+    if name != "ControlNetModel":
+        raise InvalidModel(f"{folder.name}/config.json: _class_name {name!r} is not ControlNetModel")
+    try:
+        with LOADING:
+            net = ControlNetModel.from_pretrained(str(folder), dtype=dtype, use_safetensors=True, local_files_only=True)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise InvalidModel(f"{folder.name}: cannot be loaded: {_first_line(error)}") from error
+    return _ready(net)
 
 
 def load(folder: Path, checkpoint: str, dtype: torch.dtype, vae_dtype: torch.dtype) -> Pipeline:

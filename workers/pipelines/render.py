@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from farm.errors import InvalidRequest, RenderFailed
+from workers.pipelines.controls import Controls
+from workers.pipelines.guides import Guide, composited, encode, has_distribution, latent_mask
 from workers.pipelines.prompts import Text, is_guided
-from workers.pipelines.sampling import Noise, denoise, sampler
+from workers.pipelines.sampling import Kept, Noise, Sampler, denoise, sampler
 from workers.pipelines.slots import Chosen
 
 if TYPE_CHECKING:
@@ -38,28 +40,32 @@ def render(
     on_step: OnStep,
     device: Device,
     chosen: Chosen | None = None,
+    guides: Sequence[Guide] = (),
 ) -> list[Picture | None]:
     """Render recipes that share a lane, with the weights as they are now.
 
-    `told` holds each one's encoded prompts, `chosen` each one's slots where the UNet has its slots engaged. Answers one
-    picture for each recipe, None for the dropped ones: their rows are computed to the end, because a shape that changes
-    costs more than it saves, but not decoded. Raises InvalidRequest for what this pipeline cannot do and RenderFailed
-    when a picture is not a number.
+    `told` holds each one's encoded prompts, `guides` the pictures it draws from, `chosen` each one's slots where
+    the UNet has its slots engaged. Answers one picture for each recipe, None for the dropped ones: their rows are
+    computed to the end, because a shape that changes costs more than it saves, but not decoded. Raises InvalidRequest
+    for what this pipeline cannot do and RenderFailed when a picture is not a number.
     """
     first = recipes[0]
     factor = vae_factor(vae)
     if first.width % factor or first.height % factor:
         raise InvalidRequest(f"{first.width}x{first.height}: width and height must be multiples of {factor}")
-    sampling = sampler(first.scheduler, pipeline.scheduler_config, first.steps, device.place)
+    sampling = sampler(first.scheduler, pipeline.scheduler_config, first.steps, device.place, first.first_step)
     shape = (int(pipeline.unet.config.in_channels), first.height // factor, first.width // factor)
+    steps = len(sampling.timesteps)
     dropped: set[int] = set()
 
     def after_step(done: int) -> bool:
-        dropped.update(on_step(done, first.steps))
+        dropped.update(on_step(done, steps))
         return len(dropped.intersection(range(len(recipes)))) < len(recipes)
 
     noise = Noise([recipe.seed for recipe in recipes], shape, device.place)
-    latents = denoise(sampling, _predictor(pipeline, first, told, chosen, device), noise, after_step)
+    begun, kept_latents = _begin(sampling, vae, first, guides, noise, device)
+    predict = _predictor(pipeline, first, told, chosen, Controls.of(pipeline, first, guides, steps, device), device)
+    latents = denoise(sampling, predict, begun, after_step, kept_latents)
     kept = [index for index in range(len(recipes)) if index not in dropped]
     pictures: list[Picture | None] = [None] * len(recipes)
     if latents is None or not kept:
@@ -67,8 +73,24 @@ def render(
     if len(kept) < len(recipes):
         latents = latents[torch.tensor(kept, device=latents.device)]
     for index, picture in zip(kept, decode(vae, latents, device), strict=True):
-        pictures[index] = picture
+        pictures[index] = composited(picture, guides[index]) if first.composite else picture
     return pictures
+
+
+def _begin(
+    sampling: Sampler, vae: Any, first: Recipe, guides: Sequence[Guide], noise: Noise, device: Device
+) -> tuple[Tensor, Kept | None]:
+    """The first latents, and what is to be kept of the pictures they begin from. Noise is drawn in the order in which
+    diffusers' own pipelines draw it."""
+    if first.task == "txt2img":
+        return sampling.start(noise), None
+    draws = has_distribution(vae)
+    clean = encode(vae, guides, noise.draw(1)[0] if draws else None, device)
+    if first.task == "img2img":
+        return sampling.start(noise, clean), None
+    # Stock pipelines encode the picture without its masked part too, for UNets that are told it. Ours is not.
+    begun = sampling.start(noise, clean if first.first_step else None, spare=int(draws))
+    return begun, Kept(clean, latent_mask(guides, vae_factor(vae), device))
 
 
 def vae_factor(vae: Any) -> int:
@@ -78,8 +100,13 @@ def vae_factor(vae: Any) -> int:
 
 
 def _predictor(
-    pipeline: Pipeline, first: Recipe, told: Sequence[Text], chosen: Chosen | None, device: Device
-) -> Callable[[Tensor, Tensor], Tensor]:
+    pipeline: Pipeline,
+    first: Recipe,
+    told: Sequence[Text],
+    chosen: Chosen | None,
+    controls: Controls,
+    device: Device,
+) -> Callable[[Tensor, Tensor, int], Tensor]:
     """The UNet with everything but latents and timestep filled in; guidance only where it is above 1."""
     unet, slots = pipeline.unet, pipeline.slots
     guided = is_guided(pipeline, first)
@@ -87,6 +114,7 @@ def _predictor(
     if guided:
         rows = [one.refused for one in told if one.refused is not None] + rows
         chosen = None if chosen is None else chosen.twice()
+        controls = controls.twice()
     tokens = torch.cat([row.tokens for row in rows])
     options: dict[str, Any] = {}
     if pipeline.family == "sdxl":
@@ -102,16 +130,19 @@ def _predictor(
     # diffusers' own `dtype` walks over every module each time.
     dtype = next(unet.parameters()).dtype
 
-    def predict(latents: Tensor, time: Tensor) -> Tensor:
+    def predict(latents: Tensor, time: Tensor, step: int) -> Tensor:
         seen = torch.cat([latents, latents]) if guided else latents
         seen = seen.to(dtype).contiguous(memory_format=torch.channels_last)
 
         def rows_of(part: slice) -> Tensor:
             some = {name: _rows(value, part) for name, value in options.items()}
+            some["encoder_hidden_states"] = tokens[part]
+            heard = {name: value for name, value in some.items() if name != "timestep_cond"}
+            some |= controls.residuals(seen[part], time, step, part, heard)
             if chosen is not None:
                 # In the thread that computes these rows.
                 slots.rows.are(chosen.of(part))
-            made: Tensor = unet(seen[part], time, encoder_hidden_states=tokens[part], return_dict=False, **some)[0]
+            made: Tensor = unet(seen[part], time, return_dict=False, **some)[0]
             return made
 
         answer = device.spread.along(rows_of, len(seen)).float()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from farm import families
@@ -36,6 +36,8 @@ def part_of(part: str, config: Mapping[str, Any]) -> Any:
         with torch.device("meta"):
             if part == "unet":
                 return UNet2DConditionModel.from_config(body).eval()
+            if part == "controlnet":
+                return ControlNetModel.from_config(body).eval()
             if part == "vae":
                 return VAES[str(body.get("_class_name"))].from_config(body).eval()
             return TEXT[part](CLIPTextConfig(**body)).eval()
@@ -60,6 +62,29 @@ def known_shapes(family: str) -> Shapes:
 def folder_shapes(folder: Path) -> Shapes:
     """The same for a checkpoint's folder; its weights are not read. Raises InvalidModel."""
     return shapes_of({part: read_json(folder / part / "config.json") for part in _parts(folder, ADAPTABLE)})
+
+
+def controls(controlnet: Mapping[str, Any], unet: Mapping[str, Any]) -> str | None:
+    """Why a ControlNet of this configuration cannot control a UNet of that one; None if it can.
+
+    Compared are what it takes in and what it hands over. How deep its transformers are is its own affair.
+    """
+    for key in ("block_out_channels", "cross_attention_dim"):
+        # Said by both, and told without making modules of gigabytes' shapes.
+        if controlnet.get(key) != unet.get(key):
+            return f"config.json: {key} is {controlnet.get(key)}, the UNet's {unet.get(key)}"
+    own = part_of("controlnet", controlnet)
+    fitting: Any = ControlNetModel.from_unet(part_of("unet", unet), load_weights_from_unet=False)
+    told = ("conv_in.", "time_embedding.", "add_embedding.", "controlnet_down_blocks.", "controlnet_mid_block.")
+    shapes = [
+        {key: tuple(value.shape) for key, value in net.state_dict().items() if key.startswith(told)}
+        for net in (own, fitting)
+    ]
+    differing = sorted(key for key in shapes[0].keys() | shapes[1].keys() if shapes[0].get(key) != shapes[1].get(key))
+    if differing:
+        key = differing[0]
+        return f"{key} has shape {shapes[0].get(key)}, the UNet asks for {shapes[1].get(key)}"
+    return None
 
 
 def check_weights(folder: Path) -> None:

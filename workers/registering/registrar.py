@@ -32,7 +32,7 @@ from workers.exits import Exit, end_process
 from workers.leaving import Leaving
 from workers.modelstore import ModelStore
 from workers.pictures import Pixels
-from workers.registering.trying import trial
+from workers.registering.trying import PICTURES, trial
 
 ROOM = "registering"
 """Folder below the cache where models are fetched to; one per registration."""
@@ -77,12 +77,12 @@ class Registrar:
         settings: Settings,
         worker: UUID,
         leaving: Leaving,
-        try_out: Callable[[Recipe], Pixels],
+        try_out: Callable[[Recipe, Mapping[str, Pixels]], Pixels],
         *,
         inspect: Inspect = inspector,
         end: Callable[[Exit, str], None] = end_process,
     ) -> None:
-        """`try_out` renders one picture with whatever the recipe names."""
+        """`try_out` renders one picture with whatever the recipe names, from pictures by hash."""
         self._database, self._store, self._models = database, store, models
         self._settings, self._worker, self._leaving = settings, worker, leaving
         self._try_out, self._inspect, self._end = try_out, inspect, end
@@ -220,7 +220,7 @@ class Registrar:
         if recipe is None:
             return notes
         try:
-            picture = self._try_out(recipe)
+            picture = self._try_out(recipe, PICTURES)
         except RenderFailed as error:
             if error.details.get("fatal"):
                 raise

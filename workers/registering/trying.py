@@ -1,16 +1,25 @@
 """The test picture of a model: which recipe tries it out."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
+
+import numpy as np
 
 from farm.families import latents_of
 from farm.modelfiles import FoundModel
-from farm.recipe import AdapterUse, Recipe
+from farm.recipe import AdapterUse, ControlUse, Recipe
 from farm.registrations import Claim
 from farm.views import CheckpointView, VaeView
+from workers.pictures import Pixels
 
 PROMPT = "A single split crack on a concrete wall"
 STEPS = 2
+DRAWN = "0" * 64
+PICTURES: Mapping[str, Pixels] = MappingProxyType(
+    {DRAWN: np.repeat(np.where(np.eye(64, dtype=bool), 255, 0).astype(np.uint8)[:, :, None], 3, axis=2)}
+)
+"""What a ControlNet is tried out with, by a hash that no upload has: one bright line across."""
 
 
 def trial(
@@ -29,6 +38,8 @@ def trial(
         return None, [f"no picture was rendered with it: there is no checkpoint of family {found.family} yet"]
     if claim.kind == "vae":
         return _recipe(base.hash, base.profile, vae=found.hash), []
+    if claim.kind == "controlnet":
+        return _recipe(base.hash, base.profile, controls=(ControlUse(hash=found.hash, image=DRAWN),)), []
     use = AdapterUse(hash=found.hash, weight=1.0)
     if claim.kind == "acceleration":
         return _recipe(base.hash, base.profile, scheduler="lcm", acceleration=use), []

@@ -1,0 +1,163 @@
+"""What goes wrong inside a process of a run: armed in that process only, before it becomes part of the farm."""
+
+import os
+import resource
+import signal
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from sqlalchemy import text
+
+from farm import doorbell, jobs
+from farm.jobs import running
+from farm.queries import claiming, finishing
+from farm.storage import Store
+from tests.chaos.clock import set_wrong
+from workers.executor import Executor
+
+BOUNDARIES = (
+    "claim-before", "claim-after", "render-before", "render-after", "upload-before", "upload-after",
+    "commit-before", "commit-after", "doorbell-before", "doorbell-after",
+)  # fmt: skip
+"""Where a process can be made to stop. "before" claim and commit is the moment before the COMMIT: all statements have
+run, and none of them may count. The doorbell is rung by the API."""
+
+SAFETY = ("fence", "heartbeat", "patience")
+"""What the self-test can switch off inside a process: the fence of a finish, the renewal of leases, and the rescuer's
+waiting for a lease to run out."""
+
+
+@dataclass(frozen=True)
+class Faults:
+    """Knobs of one process. The renderer's own knobs: `step_seconds`, and the words in a prompt it obeys (STUB_*)."""
+
+    step_seconds: float = 0.01
+    words: tuple[tuple[str, str], ...] = ()
+    """(kind, word) for the stub: CRASH, HANG, FAIL, LOST_DEVICE, EAT."""
+    at: str = ""
+    """One of BOUNDARIES: there the process gets `signal`."""
+    after: int = 1
+    """How many times it passes there first, counted from 1."""
+    signal: int = signal.SIGKILL
+    without: str = ""
+    """One of SAFETY."""
+    files: int = 0
+    """Most open files of the process; 0 leaves what it has."""
+    full_disk: bool = False
+    """Files of this process cannot grow, and its log goes to a device that is full."""
+    clock: float = 0.0
+    """Seconds by which the process's wall clock is ahead."""
+    nameless: Path | None = None
+    """While this file exists no host name is resolved."""
+
+
+def arm(faults: Faults) -> None:
+    """Make this process misbehave."""
+    if faults.at:
+        _stop_at(faults)
+    if faults.without:
+        {"fence": _no_fence, "heartbeat": _no_renewal, "patience": _no_patience}[faults.without]()
+    if faults.files:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (faults.files, faults.files))
+    if faults.full_disk:
+        # A write past the limit raises in Python, as one to a full disk does, once its signal is ignored.
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    if faults.clock:
+        set_wrong(faults.clock)
+    if faults.nameless is not None:
+        _no_names(faults.nameless)
+
+
+class _Passing:
+    """Counts how often a place is passed, and stops the process there."""
+
+    def __init__(self, faults: Faults) -> None:
+        self._left = faults.after
+        self._signal = faults.signal
+        self._lock = Lock()
+
+    def pass_by(self) -> None:
+        with self._lock:
+            self._left -= 1
+            if self._left == 0:
+                os.kill(os.getpid(), self._signal)
+
+
+def _stop_at(faults: Faults) -> None:
+    place, moment = faults.at.split("-")
+    passing = _Passing(faults)
+    if faults.at == "claim-before":
+        # Inside the transaction: the rows are changed, the COMMIT is still to come.
+        _wrap(jobs, "claim", after=lambda claimed: claimed is not None and passing.pass_by())
+    elif faults.at == "claim-after":
+        _wrap(Executor, "_claim", after=lambda claimed: claimed is not None and passing.pass_by())
+    elif faults.at == "commit-before":
+        _wrap(jobs, "finish", after=lambda _: passing.pass_by())
+    else:
+        owner, name = {
+            "render": (Executor, "_render"),
+            "upload": (Store, "put"),
+            "commit": (Executor, "_finish"),
+            "doorbell": (doorbell, "ring"),
+        }[place]
+        _wrap(owner, name, **{moment: lambda *_: passing.pass_by()})
+
+
+def _wrap(
+    owner: Any, name: str, *, before: Callable[..., object] | None = None, after: Callable[..., object] | None = None
+) -> None:
+    original = getattr(owner, name)
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if before is not None:
+            before()
+        answer = original(*args, **kwargs)
+        if after is not None:
+            after(answer)
+        return answer
+
+    setattr(owner, name, wrapped)
+
+
+def _no_fence() -> None:
+    """A finish changes its job whatever became of it since."""
+    running._is_current = lambda row, attempt: row is not None
+    fenced = "j.id = g.id AND CASE j.state WHEN 'running' THEN j.attempt END = g.attempt"
+    statement = str(finishing._MOVE)
+    assert fenced in statement, "the fence has moved: switch it off where it is now"
+    finishing._MOVE = text(statement.replace(fenced, "j.id = g.id"))
+
+
+def _no_renewal() -> None:
+    """Claims are never prolonged, and nobody tells the worker."""
+    claiming.renew = lambda conn, *, worker, claims, lease, now: set(claims)
+
+
+def _no_patience() -> None:
+    """The rescuer takes every claim for one whose lease ran out."""
+    for name in ("_EXPIRED", "_END_CLAIMS"):
+        statement = str(getattr(finishing, name))
+        assert "lease_until < :now" in statement, "the lease is checked elsewhere now: switch it off there"
+        late = "lease_until < greatest(:now, CAST('infinity' AS timestamptz))"
+        setattr(finishing, name, text(statement.replace("lease_until < :now", late)))
+
+
+def _no_names(flag: Path) -> None:
+    resolve = socket.getaddrinfo
+
+    def resolved(host: Any, *args: Any, **kwargs: Any) -> Any:
+        numeric = False
+        with suppress(OSError):
+            socket.inet_aton(host)
+            numeric = True
+        if flag.exists() and not numeric:
+            raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+        return resolve(host, *args, **kwargs)
+
+    socket.getaddrinfo = resolved

@@ -1,0 +1,333 @@
+"""One farm for one row of the suite: its database, bucket and processes, its client, and who watches them."""
+
+import random
+import shutil
+import signal
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from sqlalchemy import text
+
+from farm import catalogue, keys
+from farm.db import Database
+from farm.errors import Unavailable
+from farm.stack import Servers
+from farm.stack.ports import LOOPBACK, answers, free_port
+from farm.storage import Store
+from tests.api.conftest import add_models
+from tests.chaos import audit, invariants
+from tests.chaos.client import Client
+from tests.chaos.faults import Faults
+from tests.chaos.history import History
+from tests.chaos.invariants import Violation
+from tests.chaos.processes import Process
+from tests.chaos.setting import (
+    PRODUCTION_BOUND,
+    SCALED,
+    SCALED_BOUND,
+    TEMPLATE,
+    Figures,
+    Worker,
+    prepare,
+)
+from tests.conftest import administer, with_database
+from tests.workers.conftest import environment_of
+
+LOOK_SECONDS = 0.25
+NOTHING = Faults()
+
+
+class Chaos:
+    """A running farm and everything a row does to it. Everything it started ends with the block."""
+
+    def __init__(
+        self,
+        servers: Servers,
+        folder: Path,
+        *,
+        seed: int,
+        slack: float,
+        production: bool = False,
+        real: bool = False,
+        **settings: Any,
+    ) -> None:
+        """`slack`: seconds that a busy machine may be late by. `production`: the timers as they are shipped.
+        `real`: with the models of the package, for workers that really render."""
+        base = prepare(servers)
+        name = f"chaos_{uuid.uuid4().hex[:12]}"
+        administer(base, f"CREATE DATABASE {name} TEMPLATE {TEMPLATE} STRATEGY FILE_COPY")
+        timers = {} if production else SCALED
+        self.settings = with_database(base, name).model_copy(
+            update={
+                "s3_bucket": name.replace("_", "-"),
+                "redis_prefix": f"{name}:",
+                "api_host": LOOPBACK,
+                "api_port": free_port(),
+                "cache_dir": folder / "cache",
+                "micro_batch": 4,
+                "database_pool_size": 6,
+                "log_format": "console",
+                **timers,
+                **settings,
+            }
+        )
+        self.bound = PRODUCTION_BOUND if production else SCALED_BOUND
+        self.slack = slack
+        self.servers = servers
+        self.folder = folder
+        self.random = random.Random(seed)
+        self.history_path = folder / "history.ndjson"
+        self.history = History(self.history_path, "run")
+        self.figures = Figures()
+        self.violations: list[Violation] = []
+        self.poison: set[str] = set()
+        """Words of prompts whose jobs must fail."""
+        self.pictures = not real
+        self.blocked = 0.0
+        """Seconds for which a row keeps everybody, the sweeper too, from the database's rows."""
+        self.worker_settings: dict[str, Any] = {}
+        """What workers started from now on are set to beside the farm's settings."""
+        self._real = real
+        self.database = Database(self.settings, pool_size=4)
+        self.store = Store(self.settings)
+        self.workers: list[Worker] = []
+        self.others: list[Process] = []
+        self._wanted: list[Faults] = []
+        self._lock = threading.RLock()
+        self._stop = threading.Event()
+        self._threads: list[threading.Thread] = []
+        self._logs = 0
+
+    def __enter__(self) -> Self:
+        self.store.ensure_bucket()
+        if not self._real:
+            add_models(self.database)
+        with self.database.transaction() as conn:
+            if self._real:
+                catalogue.install_default(conn, self.store)
+            audit.install(conn)
+            made = keys.create_key(conn, project="chaos", name="chaos", scopes=list(keys.SCOPES))
+        url = f"http://{LOOPBACK}:{self.settings.api_port}"
+        self.client = Client(url, str(made.key), self.history)
+        for name, run in (("keeper", self._keep), ("watcher", self._watch)):
+            thread = threading.Thread(target=run, name=name, daemon=True)
+            thread.start()
+            self._threads.append(thread)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(30)
+        for process in [*(worker.process for worker in self.workers), *self.others]:
+            process.kill()
+        self.client.http.close()
+        self.database.dispose()
+        self.history.close()
+        # The bucket and the database go with their servers; a database of a failed row is worth a look.
+        if error is None and not self.violations:
+            administer(self.settings, f"DROP DATABASE {self.database.url.database} WITH (FORCE)")
+            shutil.rmtree(self.folder / "cache", ignore_errors=True)
+
+    # Processes
+
+    def start(self, part: str, faults: Faults = NOTHING, **changes: Any) -> Process:
+        """Start the API or a sweeper, with settings changed as said."""
+        process = self._spawn(part, faults, changes, {})
+        self.others.append(process)
+        if part == "api":
+            self.until(lambda: answers(self.settings.api_port, "/api/v1/health/live") or not process.alive)
+        return process
+
+    def stop_part(self, part: str) -> None:
+        """End every process of that part, at once."""
+        for process in [process for process in self.others if process.part == part]:
+            process.kill()
+            self.others.remove(process)
+
+    def worker(self, faults: Faults = NOTHING, **changes: Any) -> Worker:
+        """Start a worker, which nobody restarts."""
+        made = uuid.uuid4()
+        part = "engine" if self._real else "worker"
+        process = self._spawn(part, faults, self.worker_settings | changes, {"FARM_WORKER_ID": str(made)})
+        worker = Worker(made, process)
+        with self._lock:
+            self.workers.append(worker)
+        self.history.write("worker", id=made, pid=process.pid)
+        return worker
+
+    def keep(self, count: int, faults: Faults = NOTHING) -> None:
+        """From now on see that so many such workers run, as a supervisor would (which takes no jobs back for them)."""
+        with self._lock:
+            self._wanted = [faults] * count
+        self._refill()
+
+    def ready(self) -> None:
+        """Wait until every worker takes work."""
+        self.until(lambda: all(one.process.said(" ready ") for one in self.alive()) and self.alive(), 90, "ready")
+
+    def _spawn(self, part: str, faults: Faults, changes: dict[str, Any], more: dict[str, str]) -> Process:
+        with self._lock:
+            self._logs += 1
+            log = self.folder / f"{part}-{self._logs}.log"
+        environment = environment_of(self.settings.model_copy(update=changes)) | more
+        return Process(part, environment, log, faults, self.history_path)
+
+    def _keep(self) -> None:
+        while not self._stop.wait(0.05):
+            self._refill()
+
+    def _refill(self) -> None:
+        with self._lock:
+            if self._stop.is_set():
+                return
+            missing = len(self._wanted) - len(self.alive())
+            faults = self._wanted[0] if self._wanted else NOTHING
+            for _ in range(missing):
+                self.worker(faults)
+
+    def alive(self) -> list[Worker]:
+        with self._lock:
+            return [worker for worker in self.workers if worker.process.alive]
+
+    def kill(self, worker: Worker) -> None:
+        """SIGKILL, noting when."""
+        worker.killed_at = time.time()
+        worker.process.send(signal.SIGKILL)
+        self.history.write("kill", worker=worker.id)
+        self.figures.add("kills")
+
+    # Questions
+
+    def ask(self, statement: str, **parameters: Any) -> Any:
+        """Rows of one question to the database."""
+        with self.database.transaction() as conn:
+            return conn.execute(text(statement), parameters).all()
+
+    def counts(self) -> dict[str, int]:
+        """Jobs by state, counted."""
+        return {row.state: row.n for row in self.ask("SELECT state, count(*) AS n FROM jobs GROUP BY 1")}
+
+    def backlog(self) -> int:
+        """Jobs not finished yet."""
+        return int(self.ask("SELECT count(*) AS n FROM jobs WHERE finished_at IS NULL")[0].n)
+
+    def holding(self) -> list[Worker]:
+        """Running workers that hold a claim just now."""
+        held = {row.worker_id for row in self.ask("SELECT worker_id FROM claims WHERE closed_at IS NULL")}
+        return [worker for worker in self.alive() if worker.id in held and not worker.frozen]
+
+    def until(self, said: Callable[[], Any], seconds: float = 120.0, what: str = "") -> Any:
+        """Ask until the answer is true. Postgres being away is no answer. Fails after `seconds`."""
+        end = time.monotonic() + seconds
+        while True:
+            try:
+                if answer := said():
+                    return answer
+            except Unavailable:
+                pass
+            if time.monotonic() > end:
+                raise TimeoutError(f"it did not happen within {seconds:.0f} s: {what}")
+            time.sleep(0.05)
+
+    def until_done(self, seconds: float) -> None:
+        """Wait until every job has ended; after `seconds`, what is open becomes violations."""
+        try:
+            self.until(lambda: self.backlog() == 0, seconds)
+        except TimeoutError:
+            self.history.write("not done", counts=self.counts())
+
+    @contextmanager
+    def changed_schema(self) -> Iterator[None]:
+        """While the block runs the database says that another release has migrated it."""
+        with self.database.transaction() as conn:
+            before = conn.scalar(text("SELECT version_num FROM alembic_version"))
+            conn.execute(text("UPDATE alembic_version SET version_num = 'chaos'"))
+        try:
+            yield
+        finally:
+            with self.database.transaction() as conn:
+                conn.execute(text("UPDATE alembic_version SET version_num = :before"), {"before": before})
+
+    # Verdicts
+
+    def _watch(self) -> None:
+        seen: set[Violation] = set()
+        pause = LOOK_SECONDS
+        while not self._stop.wait(pause):
+            began = time.monotonic()
+            try:
+                self._look(seen)
+            except Unavailable:
+                continue
+            # Looking reads every job: in a long run it must not become the load.
+            pause = max(LOOK_SECONDS, 10 * (time.monotonic() - began))
+
+    def _look(self, seen: set[Violation]) -> None:
+        for violation in self._along():
+            # Seconds and counts change with every look; the same trouble is told once.
+            same = Violation(violation.invariant, violation.what.split(" ran ")[0].split(" counts/has ")[0])
+            if same not in seen:
+                seen.add(same)
+                self.violations.append(violation)
+                self.history.write("violation", invariant=violation.invariant, what=violation.what)
+
+    def _along(self) -> list[Violation]:
+        accepted = self.client.accepted
+        slack = timedelta(seconds=self.slack + self.blocked)
+        with self.database.transaction() as conn:
+            return invariants.all_along(conn, self.settings, accepted=accepted, slack=slack)
+
+    def fail(self, what: str) -> None:
+        """Something this row promises did not hold."""
+        self.violations.append(Violation("row", what))
+        self.history.write("violation", invariant="row", what=what)
+
+    def judge(self) -> None:
+        """The last look, at everything; and how long jobs of killed workers were out of reach."""
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(30)
+        found = self._along()
+        with self.database.transaction() as conn:
+            found += invariants.at_the_end(conn, self.settings, accepted=self.client.accepted, poison=self.poison)
+        found += invariants.check_pictures(self.database, self.store, pictures=self.pictures)
+        with self.database.transaction() as conn:
+            known = {violation.what for violation in self.violations}
+            self.violations += [violation for violation in found if violation.what not in known]
+            self._measure(conn)
+            for row in conn.execute(text("SELECT * FROM attempts ORDER BY started_at, job_id")).mappings():
+                self.history.write("attempt", **row)
+        worst = max(self.figures.recoveries, default=0.0)
+        if worst > self.bound + (0 if self.bound == PRODUCTION_BOUND else self.slack):
+            self.violations.append(Violation("recovery", f"took {worst:.1f} s, promised are {self.bound:.0f} s"))
+
+    def _measure(self, conn: Any) -> None:
+        killed = {worker.id: worker.killed_at for worker in self.workers if worker.killed_at is not None}
+        rows = conn.execute(
+            text("""
+                SELECT c.worker_id, extract(epoch FROM max(a.finished_at)) AS back FROM attempts a
+                JOIN claims c ON c.id = a.claim_id WHERE a.outcome = 'crashed' AND c.worker_id = ANY(:ids) GROUP BY 1
+            """),
+            {"ids": list(killed)},
+        )
+        for row in rows:
+            self.figures.recoveries.append(float(row.back) - killed[row.worker_id])
+        outcomes = conn.execute(text("SELECT outcome, count(*) AS n FROM attempts GROUP BY 1"))
+        for row in outcomes:
+            self.figures.add(f"attempts {row.outcome}", row.n)
+
+
+def spread(total: int, pieces: int) -> Iterable[int]:
+    """`total` in nearly equal parts."""
+    whole, rest = divmod(total, pieces)
+    return [whole + (n < rest) for n in range(pieces)]

@@ -1,0 +1,94 @@
+"""Rows about messages and orders: R7, R9."""
+
+import json
+import time
+from collections.abc import Callable
+from threading import Event, Thread
+
+from redis import Redis
+
+from farm import doorbell
+from tests.chaos.harness import Chaos, spread
+
+EACH = 10
+"""How often every doorbell is heard."""
+
+
+def repeat_doorbells(chaos: Chaos, *, jobs: int, silence: float) -> None:
+    """R7. Every doorbell ten times in any order; then none at all, while work comes in all the same."""
+    chaos.keep(3)
+    queue = chaos.settings.redis_prefix + doorbell.queue_of(chaos.settings.pool)
+    with Redis.from_url(chaos.settings.redis_url.get_secret_value()) as redis:
+        with _while_running(lambda: _repeat(chaos, redis, queue)):
+            for some in spread(jobs // 2, 10):
+                chaos.client.submit(some)
+                time.sleep(0.1)
+            chaos.until_done(60 + jobs * 0.1)
+        heard = chaos.figures.counts.get("doorbells repeated", 0)
+        if not heard:
+            chaos.fail("no doorbell was seen: the row tried nothing")
+        with _while_running(lambda: redis.delete(queue)):
+            end = time.monotonic() + silence
+            for some in spread(jobs - jobs // 2, 10):
+                chaos.client.submit(some)
+                time.sleep(silence / 20)
+            chaos.until_done(60 + jobs * 0.1)
+            time.sleep(max(0.0, end - time.monotonic()))
+
+
+def _repeat(chaos: Chaos, redis: "Redis", queue: str) -> None:
+    """Take what waits in the queue and put it back ten times, shuffled."""
+    with redis.pipeline(transaction=True) as pipe:
+        pipe.lrange(queue, 0, -1)
+        pipe.delete(queue)
+        waiting = pipe.execute()[0]
+    # What was repeated before carries a mark, or it would be repeated for ever.
+    fresh = [message for message in waiting if b'"chaos"' not in message]
+    again = [message for message in waiting if b'"chaos"' in message]
+    for message in fresh:
+        marked = json.loads(message)
+        marked["headers"]["chaos"] = True
+        again += [json.dumps(marked).encode()] * EACH
+    chaos.random.shuffle(again)
+    if again:
+        redis.rpush(queue, *again)
+    if fresh:
+        chaos.figures.add("doorbells repeated", len(fresh) * EACH)
+
+
+class _while_running:  # noqa: N801  # reads as the statement it is used as
+    """Does something every few milliseconds while the block runs."""
+
+    def __init__(self, act: Callable[[], object]) -> None:
+        self._act = act
+        self._done = Event()
+        self._thread = Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join(10)
+
+    def _run(self) -> None:
+        while not self._done.wait(0.01):
+            self._act()
+
+
+def order_at_random(chaos: Chaos, *, orders: int, batches: int) -> None:
+    """R9. Cancel, pause, resume and retry at random moments; at the end everything may go on, and ends."""
+    chaos.keep(3)
+    made = [chaos.client.submit(12).id for _ in range(batches)]
+    for _ in range(orders):
+        verb = chaos.random.choice(("cancel", "pause", "resume", "retry", "retry"))
+        batch = chaos.random.choice(made)
+        status = chaos.client.tell(batch, verb)
+        # A retry finds nothing to retry, or a batch that is still being cancelled.
+        if status != 200 and not (verb == "retry" and status == 409):
+            chaos.fail(f"{verb} was answered {status}")
+        chaos.figures.add(f"orders {verb}")
+        time.sleep(chaos.random.uniform(0, 0.05))
+    for batch in made:
+        chaos.client.tell(batch, "resume")
+    chaos.until_done(60 + orders * 0.1)

@@ -1,0 +1,180 @@
+"""Rows about the servers: R3 broker, R4 Postgres."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+
+from redis import Redis
+from sqlalchemy import text
+
+from farm import doorbell
+from farm.stack.service import Service
+from tests.chaos.harness import Chaos
+from tests.chaos.trickle import Trickle
+
+PICKLE = (
+    '{"body": "gASVBgAAAAAAAABdlC4=", "content-encoding": "binary", "content-type": "application/x-python-serialize",'
+    ' "headers": {"task": "farm.render", "id": "1"}, "properties": {"delivery_tag": "1", "delivery_info":'
+    ' {"exchange": "", "routing_key": "x"}, "body_encoding": "base64", "correlation_id": "1"}}'
+)
+FORGED = PICKLE.replace("application/x-python-serialize", "application/json").replace("farm.render", "os.system")
+GARBAGE = (b"\xff\xfe", "not json", "42", "[]", "null", "{}", '{"body": 1, "properties": {}}', PICKLE, FORGED)
+
+
+def trouble_the_broker(
+    chaos: Chaos, *, restarts: int, every: float, down: float, each: int, pause: float, normal: float
+) -> None:
+    """R3. The broker is killed and comes back empty, is down, frozen, full, emptied, and filled with garbage.
+
+    `down`: seconds for which it is away once. `each`: how often it has each of the other troubles, for `pause` seconds.
+    """
+    broker = chaos.servers.valkey
+    assert broker is not None
+    chaos.keep(3)
+    chaos.ready()
+    with Trickle(chaos) as trickle:
+        time.sleep(normal)
+        trickle.phase = "restarts"
+        for _ in range(restarts):
+            crash(broker, signal.SIGKILL)
+            revive(chaos, broker)
+            chaos.figures.add("broker kills")
+            time.sleep(every)
+        trickle.phase = "gone"
+        crash(broker, signal.SIGKILL)
+        gone_at = chaos.ask("SELECT clock_timestamp() AS moment")[0].moment
+        time.sleep(down)
+        moved = chaos.ask("SELECT count(*) AS n FROM chaos_moves WHERE at > :at AND new = 'succeeded'", at=gone_at)[0].n
+        revive(chaos, broker)
+        if not moved:
+            chaos.fail(f"nothing was rendered in {down:.0f} s without a broker")
+        chaos.figures.add("rendered without a broker", moved)
+        trickle.phase = "others"
+        for _ in range(each):
+            for trouble in (_freeze, _fill, _flush, _litter):
+                trouble(chaos, broker, pause)
+                chaos.figures.add(trouble.__name__.strip("_"))
+    chaos.until_done(120)
+    slowest = chaos.ask("SELECT max(extract(epoch FROM started_at - created_at)) AS s FROM jobs WHERE attempt = 1")[0].s
+    chaos.figures.add("slowest claim s", float(slowest))
+    for phase in ("normal", "gone"):
+        chaos.figures.add(f"submissions {phase}", len(trickle.seconds.get(phase, [])))
+        chaos.figures.add(f"p99 {phase} ms", trickle.p99(phase) * 1000)
+    if slowest > chaos.bound + chaos.slack:
+        chaos.fail(f"a job waited {slowest:.1f} s to be claimed; {chaos.bound:.0f} s are promised")
+
+
+def crash(service: Service, number: signal.Signals) -> None:
+    """Send a server a signal that ends it, and wait until it is gone."""
+    assert service.pid is not None
+    os.kill(service.pid, number)
+    end = time.monotonic() + 30
+    while service.alive:
+        assert time.monotonic() < end, f"{service.name} did not end"
+        time.sleep(0.01)
+    service.mark_dead(restarting=True)
+
+
+def revive(chaos: Chaos, service: Service) -> None:
+    """Start a server that died, as the supervisor does."""
+    service.program = chaos.servers.revived(service)
+    service.start()
+
+
+def _client(chaos: Chaos) -> "Redis":
+    return Redis.from_url(chaos.settings.redis_url.get_secret_value(), socket_timeout=5)
+
+
+def _freeze(_chaos: Chaos, broker: Service, seconds: float) -> None:
+    assert broker.pid is not None
+    os.kill(broker.pid, signal.SIGSTOP)
+    try:
+        time.sleep(seconds)
+    finally:
+        os.kill(broker.pid, signal.SIGCONT)
+
+
+def _fill(chaos: Chaos, _broker: Service, seconds: float) -> None:
+    with _client(chaos) as redis:
+        redis.config_set("maxmemory", "1")
+        try:
+            time.sleep(seconds)
+        finally:
+            redis.config_set("maxmemory", "0")
+
+
+def _flush(chaos: Chaos, _broker: Service, seconds: float) -> None:
+    with _client(chaos) as redis:
+        redis.flushall()
+    time.sleep(seconds)
+
+
+def _litter(chaos: Chaos, _broker: Service, seconds: float) -> None:
+    """Messages that are none, forged ones, and a key of the wrong type in place of the queue."""
+    queue = chaos.settings.redis_prefix + doorbell.queue_of(chaos.settings.pool)
+    with _client(chaos) as redis:
+        for message in chaos.random.sample(GARBAGE, len(GARBAGE)):
+            redis.lpush(queue, message)
+        time.sleep(seconds)
+        redis.delete(queue)
+        redis.set(queue, "a string in place of a queue")
+        chaos.until(lambda: redis.type(queue) != b"string", 30, "a key of the wrong type is moved aside")
+
+
+def trouble_postgres(chaos: Chaos, *, crashes: int, cutting: float, lock: float) -> None:
+    """R4. Postgres stops at once and is started again; all connections are cut; somebody locks the jobs.
+
+    `cutting`: for so many seconds all connections are cut every two. `lock`: seconds of a lock on the whole table.
+    """
+    server = chaos.servers.postgres
+    assert server is not None
+    chaos.keep(3)
+    chaos.ready()
+    with Trickle(chaos) as trickle:
+        for _ in range(crashes):
+            trickle.phase = "crashes"
+            chaos.kill(chaos.until(chaos.holding)[0])
+            crash(server, signal.SIGQUIT)
+            time.sleep(1)
+            revive(chaos, server)
+            back = time.time()
+            # Nobody could take jobs back before, and nobody may until the server was up for a lease: the bound counts
+            # from the last start, for every victim whose jobs are still held.
+            held = {row.worker_id for row in chaos.ask("SELECT worker_id FROM claims WHERE closed_at IS NULL")}
+            for worker in chaos.workers:
+                if worker.killed_at is not None and worker.id in held:
+                    worker.killed_at = back
+            chaos.until(lambda back=back: _moved(chaos, back), 60, "work goes on after a restart")  # type: ignore[misc]
+            chaos.figures.recoveries.append(time.time() - back)
+            chaos.figures.add("postgres crashes")
+            time.sleep(chaos.random.uniform(1, 3))
+        trickle.phase = "cutting"
+        _every(2.0, cutting, lambda: _cut(chaos))
+        trickle.phase = "locked"
+        chaos.blocked += lock
+        with chaos.database.transaction() as conn:
+            conn.execute(text("SET LOCAL lock_timeout = '60s'"))
+            conn.execute(text("LOCK TABLE jobs IN ACCESS EXCLUSIVE MODE"))
+            time.sleep(lock)
+    chaos.until_done(120)
+
+
+def _moved(chaos: Chaos, since: float) -> bool:
+    found = chaos.ask("SELECT 1 FROM chaos_moves WHERE at > to_timestamp(:since) LIMIT 1", since=since)
+    return bool(found)
+
+
+def _cut(chaos: Chaos) -> None:
+    cut = chaos.ask("""
+        SELECT count(pg_terminate_backend(pid)) AS n FROM pg_stat_activity
+        WHERE datname = current_database() AND pid <> pg_backend_pid()
+    """)
+    chaos.figures.add("connections cut", cut[0].n)
+
+
+def _every(pause: float, seconds: float, act: Callable[[], None]) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        act()
+        time.sleep(min(pause, seconds))

@@ -1,0 +1,202 @@
+"""The ControlNet of `crack-tiny`: cracks that follow a given mask.
+
+    python -m workers.training.crack_tiny_control --model FOLDER --work DIR [--out FOLDER]
+
+Paints walls with their crack masks, encodes them with the model's own autoencoder, and teaches a copy of the UNet's
+first half, beside the frozen UNet, to bring the cracks where the mask has them. Goes on after a stop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import sys
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from workers.training import diffusion
+from workers.training.errors import TrainingError
+from workers.training.loop import Plan, Say, train
+from workers.training.pool import open_pool
+
+NAME = "mask"
+SIDE = 128
+PARTS = ("unet", "vae", "text_encoder", "tokenizer")
+CONDITIONING = (16, 32, 64, 96, 128)
+"""Channels on the way from the mask's pixels to latents: one more than the autoencoder halves."""
+LARGEST = 20_000_000
+"""Bytes that the exported weights may have: the model is made to be shipped."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Everything that fixes the result, apart from the model, library versions and the processor."""
+
+    seed: int = 41
+    pictures: int = 4_000
+    steps: int = 1_500
+    rate: float = 4e-4
+    batch: int = 16
+    drop: float = 0.3
+    """Share of captions left out, so that the mask alone says where a crack runs."""
+    cracks: float = 4.0
+    """How much more a place with a crack counts than the wall."""
+    bf16: bool = True
+
+
+class Controlled:
+    """The frozen UNet as it is with a ControlNet following these masks (n, 3, height, width), 0..1."""
+
+    def __init__(self, unet: Any, net: Any, masks: Tensor) -> None:
+        self.unet, self.net, self.masks = unet, net, masks
+
+    def __call__(self, noisy: Tensor, times: Tensor, encoder_hidden_states: Tensor) -> Any:
+        down, middle = self.net(
+            noisy, times, encoder_hidden_states=encoder_hidden_states, controlnet_cond=self.masks, return_dict=False
+        )
+        return self.unet(
+            noisy,
+            times,
+            encoder_hidden_states=encoder_hidden_states,
+            down_block_additional_residuals=down,
+            mid_block_additional_residual=middle,
+        )
+
+
+def controlnet_for(unet: Any, halvings: int) -> Any:
+    """A ControlNet that changes nothing yet, with the UNet's own weights; its pictures are halved so often.
+
+    Raises TrainingError for more halvings than there are channels for.
+    """
+    if not 0 <= halvings < len(CONDITIONING):
+        raise TrainingError(f"an autoencoder that halves {halvings} times is not known here")
+    copied = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=CONDITIONING[: halvings + 1])
+    # diffusers' from_unet leaves this entry behind: a copy would pool the words' states with another number of heads.
+    heads = unet.config.addition_embed_type_num_heads
+    made = ControlNetModel.from_config({**copied.config, "addition_embed_type_num_heads": heads})
+    made.load_state_dict(copied.state_dict())
+    return made
+
+
+def fit(folder: Path, work: Path, settings: Settings, *, minutes: float = math.inf, say: Say = print) -> Any:
+    """A trained ControlNet for the model in `folder`; checkpoints in `work` belong to this model and these settings.
+
+    Raises TrainingError when the folder is no model or a checkpoint cannot be written.
+    """
+    if not (folder / "model_index.json").is_file():
+        raise TrainingError(f"{folder} is not a model to control: it has no model_index.json")
+    try:
+        unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32)
+        vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
+        text = CLIPTextModel.from_pretrained(folder / "text_encoder").float().eval()
+        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+        schedule = DDIMScheduler.from_pretrained(folder / "scheduler")
+        mark = _mark(folder, settings)
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"{folder} is not a model to control: {error}") from error
+    torch.manual_seed(settings.seed)
+    net = controlnet_for(unet, len(vae.config.block_out_channels) - 1)
+    for module in (unet, net):
+        # As in the base training: the backward pass of torch's fused attention is slow on CPUs.
+        module.set_attn_processor(AttnProcessor())
+        module.to(memory_format=torch.channels_last)
+    unet.requires_grad_(False).eval()
+    walls = open_pool(work, settings.pictures, SIDE, settings.seed)
+    latents = diffusion.encode_pool(vae.eval(), walls, work / f"control-{NAME}-{mark}.npy")
+    importance = walls.importance(latents.shape[-1], settings.cracks)
+
+    def step(_: int, rng: np.random.Generator) -> Tensor:
+        clean, texts, chosen = diffusion.batch_of(latents, walls.captions, settings.batch, rng)
+        texts = ["" if rng.random() < settings.drop else t for t in texts]
+        with torch.no_grad():
+            states = text(diffusion.token_ids(tokenizer, texts)).last_hidden_state
+        return diffusion.denoising_loss(
+            Controlled(unet, net, masks_of(walls.pixels[chosen, :, :, 3])),
+            clean,
+            states,
+            schedule.alphas_cumprod,
+            kind=schedule.config.prediction_type,
+            importance=torch.from_numpy(importance[chosen].astype(np.float32))[:, None],
+            bf16=settings.bf16,
+        )
+
+    plan = Plan(settings.steps, settings.rate, seed=settings.seed, warmup=50, save_every=50, say_every=25)
+    plan.minutes = minutes
+    net.train()
+    train(step, {"controlnet": net}, plan, work / f"control-{NAME}-{mark}.pt", say=say)
+    return net.eval()
+
+
+def masks_of(planes: Any) -> Tensor:
+    """Crack masks (n, height, width), 0 or 255, as a ControlNet follows them: (n, 3, height, width), 0..1."""
+    one = torch.from_numpy(np.ascontiguousarray(planes)).float().div_(255.0)[:, None]
+    return one.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
+
+
+def export(folder: Path, net: Any) -> int:
+    """Write a diffusers ControlNetModel folder, half precision; answers the bytes of its weights.
+
+    Raises TrainingError when it cannot be written, does not survive that, or is too large to be shipped.
+    """
+    net.to(torch.float16)
+    try:
+        net.save_pretrained(folder, safe_serialization=True)
+        back = ControlNetModel.from_pretrained(folder, torch_dtype=torch.float16, local_files_only=True).state_dict()
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"cannot write the ControlNet to {folder}: {error}") from error
+    if any(not torch.equal(value, back[name]) for name, value in net.state_dict().items()):
+        raise TrainingError(f"{folder} did not survive writing")
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    if size > LARGEST:
+        raise TrainingError(f"{folder} has {size / 1e6:.1f} MB of weights, {LARGEST / 1e6:.0f} at most may be shipped")
+    return size
+
+
+def _mark(folder: Path, settings: Settings) -> str:
+    """Names the model and what is painted, so that work on another model is never continued by mistake."""
+    paths = sorted(path for part in PARTS for path in (folder / part).glob("*.safetensors"))
+    sums = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+    return hashlib.sha256(f"{sums} {settings.seed} {settings.pictures}".encode()).hexdigest()[:12]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Train and write the ControlNet; 1 and a reason when it cannot."""
+    parser = argparse.ArgumentParser(prog="python -m workers.training.crack_tiny_control")
+    parser.add_argument("--model", type=Path, required=True, help="folder of the finished model")
+    parser.add_argument("--work", type=Path, required=True, help="folder for data and checkpoints")
+    parser.add_argument("--out", type=Path, help=f"the ControlNet's folder (default: WORK/control-{NAME})")
+    default = Settings()
+    parser.add_argument("--steps", type=int, default=default.steps)
+    parser.add_argument("--pictures", type=int, default=default.pictures)
+    parser.add_argument("--batch", type=int, default=default.batch)
+    parser.add_argument("--rate", type=float, default=default.rate)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after; the same command goes on")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    given = parser.parse_args(arguments)
+    torch.set_num_threads(given.threads)
+    settings = Settings(pictures=given.pictures, steps=given.steps, rate=given.rate, batch=given.batch)
+    out = given.out or given.work / f"control-{NAME}"
+    try:
+        net = fit(given.model, given.work, settings, minutes=given.minutes, say=partial(print, flush=True))
+        size = export(out, net)
+        (given.work / "control-settings.json").write_text(json.dumps(asdict(settings), indent=2) + "\n", "utf-8")
+    except TrainingError as error:
+        sys.stderr.write(f"training stopped: {error}\n")
+        return 1
+    sys.stdout.write(f"{out}: {size / 1e6:.1f} MB\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
