@@ -11,7 +11,7 @@ import pytest
 import structlog
 
 from api.schemas import KeyBody, LimitsBody, PriorityBody, WebhookBody, WebhookChange
-from farm.submission import AdapterSpec, JobSpec
+from farm.jobspec import AdapterSpec, JobSpec
 from tests.api.conftest import PROMPT, Api, operations, problem_of, until
 
 JSON = {"Content-Type": "application/json"}

@@ -232,7 +232,9 @@ def test_a_claim_knows_what_others_hold_and_how_many_they_are(queue: Queue) -> N
 
     def seen(worker: UUID, warm: Warm) -> Any:
         now = queue.do(claiming.database_now)
-        (row,) = queue.do(claiming.candidates, pool="default", worker=worker, warm=warm, random=Random(1), now=now)
+        (row,) = queue.do(
+            claiming.candidates, pool="default", worker=worker, warm=warm, full=[], random=Random(1), now=now
+        )
         return row
 
     assert seen(workers[1], Warm())["elsewhere"] is True
@@ -250,7 +252,7 @@ def test_counts_of_a_candidate_do_not_wait_for_the_sweeper(queue: Queue) -> None
 
     def counts() -> tuple[int, int]:
         now = queue.do(claiming.database_now)
-        rows = queue.do(claiming.candidates, pool="default", worker=ME, warm=Warm(), random=Random(1), now=now)
+        rows = queue.do(claiming.candidates, pool="default", worker=ME, warm=Warm(), full=[], random=Random(1), now=now)
         return int(rows[0]["queued"]), int(rows[0]["running"])
 
     assert counts() == (6, 4)

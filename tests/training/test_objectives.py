@@ -128,7 +128,7 @@ def inpainting(folder: Path) -> None:
             lambda f: change(f / "model_index.json", _class_name="StableDiffusion3Pipeline"),
             r"'StableDiffusion3Pipeline' is not one of",
         ),
-        (inpainting, r"takes 9 channels and gives 4.*inpainting"),
+        (inpainting, "9 input channels for latents of 4: made for inpainting alone"),
         (flow, "FlowMatchEulerDiscreteScheduler is no schedule of DDPM noise"),
         (
             lambda f: change(f / "scheduler/scheduler_config.json", prediction_type="sample"),

@@ -83,8 +83,10 @@ def controlnet_for(unet: Any, halvings: int) -> Any:
         raise TrainingError(f"an autoencoder that halves {halvings} times is not known here")
     copied = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=CONDITIONING[: halvings + 1])
     # diffusers' from_unet leaves this entry behind: a copy would pool the words' states with another number of heads.
-    heads = unet.config.addition_embed_type_num_heads
-    made = ControlNetModel.from_config({**copied.config, "addition_embed_type_num_heads": heads})
+    # It goes with the list of entries that a reader takes from the defaults instead, which has it otherwise.
+    config = {name: value for name, value in copied.config.items() if name != "_use_default_values"}
+    config["addition_embed_type_num_heads"] = unet.config.addition_embed_type_num_heads
+    made = ControlNetModel.from_config(config)
     made.load_state_dict(copied.state_dict())
     return made
 
