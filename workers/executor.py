@@ -138,7 +138,7 @@ class Executor:
         return picture
 
     def _claim(self) -> Claimed | None:
-        state = self._renderer.warm_state()
+        warm = self._warm()
         # Without an answer to our COMMIT the jobs may be ours already: the same id again finds them.
         claim_id = self._unanswered or new_id()
         self._unanswered = claim_id
@@ -149,13 +149,7 @@ class Executor:
                     claim_id=claim_id,
                     worker=self._worker,
                     pool=self._settings.pool,
-                    warm=Warm(
-                        dict(state.lanes),
-                        frozenset(state.checkpoints),
-                        self._pace.render.seconds,
-                        state.mixes,
-                        frozenset(state.apart),
-                    ),
+                    warm=warm,
                     limit=self._settings.micro_batch,
                     settings=self._settings,
                 )
@@ -167,6 +161,20 @@ class Executor:
             doorbell.ring(self._settings, self._settings.pool)
             self.more_work.set()
         return claimed
+
+    def _warm(self) -> Warm:
+        """What is warm, and what the other thread holds: the device will be warm for it by the time we get it."""
+        # The pace first: one that is known beside lanes that are not would leave our own next jobs to others.
+        pace = self._pace.render.seconds
+        held = [job.recipe for one in self.lease.held for job in one.jobs]
+        state = self._renderer.warm_state()
+        return Warm(
+            {**state.lanes, **{recipe.lane: recipe.adapter_set for recipe in held}},
+            frozenset(state.checkpoints).union(recipe.checkpoint for recipe in held),
+            pace,
+            state.mixes,
+            frozenset(state.apart),
+        )
 
     def _see_through(self, held: Held, turn: Turn, started: float) -> list[Result]:
         """Every job's result, in order; never raises."""

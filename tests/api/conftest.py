@@ -22,8 +22,8 @@ from farm.catalogue import ModelFile
 from farm.db import Database
 from farm.jobs import Result, StoredImage, Warm
 from farm.modelfiles import FoundModel
-from farm.models import Base
 from farm.queries import models as model_rows
+from farm.schema import Base
 from farm.settings import Settings
 from farm.states import Outcome
 from farm.storage import Store

@@ -6,8 +6,8 @@ from sqlalchemy import text
 from farm import jobs
 from farm.errors import Conflict, NotFound
 from farm.ids import new_id
-from farm.jobs import changing
-from farm.queries import maintaining
+from farm.jobs.changing import turn_cancelled
+from farm.queries import changing, maintaining
 from farm.states import JobState, Outcome
 from tests.farm.conftest import Queue
 
@@ -46,7 +46,7 @@ def test_a_rescue_of_a_cancelled_job_cancels_it(queue: Queue) -> None:
 def test_a_large_cancel_answers_at_once_and_the_sweeper_turns_the_rows(
     queue: Queue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(changing, "TURNED_AT_ONCE", 5)
+    monkeypatch.setattr("farm.jobs.changing.TURNED_AT_ONCE", 5)
     batch = queue.submit(23)
     answer = queue.do(jobs.cancel_batch, queue.project, batch.id)
     assert answer.counts.cancelled == 23
@@ -58,7 +58,7 @@ def test_a_large_cancel_answers_at_once_and_the_sweeper_turns_the_rows(
         queue.do(jobs.retry_batch, queue.project, batch.id)
     segment = queue.do(lambda conn: conn.scalar(text("SELECT id FROM segments")))
     for _ in range(5):
-        queue.do(changing.turn_cancelled, segment, 5)
+        queue.do(turn_cancelled, segment, 5)
     assert queue.do(lambda conn: conn.scalar(text(raw))) == 0
     assert queue.do(jobs.retry_batch, queue.project, batch.id).counts.queued + 0 in (0, 23)
 
@@ -113,11 +113,11 @@ def test_a_deleted_batch_is_gone_at_once_and_its_objects_later(queue: Queue) -> 
         queue.batch(batch)
     with pytest.raises(NotFound):
         queue.do(jobs.get_job, queue.project, claimed.jobs[0].id)
-    found = queue.do(changing.rows.deleted_batches, 1)
+    found = queue.do(changing.deleted_batches, 1)
     assert found == [batch.id]
-    ids = queue.do(changing.rows.some_jobs, batch.id, 100)
-    queue.do(changing.rows.delete_jobs, ids, queue.settings.keep_deleted)
-    queue.do(changing.rows.delete_batch_rows, batch.id)
+    ids = queue.do(changing.some_jobs, batch.id, 100)
+    queue.do(changing.delete_jobs, ids, queue.settings.keep_deleted)
+    queue.do(changing.delete_batch_rows, batch.id)
     for table in ("jobs", "recipes", "attempts", "images", "segments", "batches", "counters", "counter_deltas"):
         left = queue.do(lambda conn, table=table: conn.scalar(text(f"SELECT count(*) FROM {table}")))
         assert left == 0, table

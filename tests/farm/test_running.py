@@ -3,7 +3,7 @@
 import threading
 import time
 import uuid
-from datetime import timedelta
+from datetime import datetime, timedelta
 from random import Random
 from typing import Any
 
@@ -28,7 +28,7 @@ class ByAge(Random):
         return 0.0
 
 
-def later(queue: Queue, seconds: float):
+def later(queue: Queue, seconds: float) -> datetime:
     return queue.do(claiming.database_now) + timedelta(seconds=seconds)
 
 

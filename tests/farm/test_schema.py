@@ -17,9 +17,10 @@ from sqlalchemy import text
 from farm import db
 from farm.db import Database, alembic_config, migrate
 from farm.errors import SchemaMismatch
-from farm.models import SCHEMA_VERSION, Base
+from farm.models import SCHEMA_VERSION
 from farm.queries import claiming, finishing
 from farm.scheduling import Warm
+from farm.schema import Base
 from farm.settings import Settings
 from tests.farm.conftest import Queue
 

@@ -22,6 +22,7 @@ from workers.pipelines.adapters import read_adapter
 from workers.pipelines.load import load as load_pipeline
 from workers.pipelines.targets import aliases
 from workers.training import loop, objectives, run
+from workers.training.formats import export
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -158,7 +159,7 @@ def test_three_formats_give_the_trained_answer(
 ) -> None:
     xl, learns = family == "sdxl", kind is StyleLora
     trained: list[torch.Tensor] = []
-    real = run.export
+    real = export
 
     def asks_first(out: Path, base: Any, *rest: Any, **more: Any) -> Any:
         base.network.eval()

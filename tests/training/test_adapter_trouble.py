@@ -16,6 +16,7 @@ from farm.training import LcmLora, StyleLora
 from tests.training.conftest import FEW, Folders, hush, weights
 from workers.training import run
 from workers.training.errors import TrainingError
+from workers.training.formats import export
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -61,7 +62,7 @@ def test_a_full_disk_keeps_the_last_adapter_and_starts_no_cache(
         return StyleLora(checkpoint=bases["sd"], data=str(pictures), **given)
 
     (path,) = run.train(options(), say=hush)
-    before, real = path.read_bytes(), run.export
+    before, real = path.read_bytes(), export
 
     def little_room(*given: Any, **more: Any) -> Any:
         with small_disk(200_000):

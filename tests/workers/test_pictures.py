@@ -35,7 +35,7 @@ def test_a_png_holds_exactly_the_pixels(level: int, size: tuple[int, int]) -> No
         image.load()
         assert (image.mode, image.size) == ("RGB", size[::-1])
         assert np.array_equal(np.asarray(image), pixels)
-        assert image.text == {}
+        assert not image.info.keys() - {"dpi", "gamma", "srgb"}, "no text"
 
 
 def test_a_slice_of_a_larger_array_is_encoded_too() -> None:
@@ -64,14 +64,14 @@ def test_the_recipe_travels_in_the_png(prompt: str) -> None:
     texts = metadata(recipe, names={**NAMES, "models": [origin]}, labels={"site": "north"})
     with Image.open(io.BytesIO(encode_png(picture(recipe), texts=texts, level=1))) as image:
         image.load()
-        told = json.loads(image.text["farm"])
+        told = json.loads(image.info["farm"])
         assert Recipe.parse(told["recipe"]) == recipe
         assert told["recipe_hash"] == recipe.hash
         assert told["labels"] == {"site": "north"}
         assert told["names"] == NAMES
         assert told["models"] == [origin]
         assert set(told) == {"farm", "recipe", "recipe_hash", "names", "models", "labels"}
-        assert image.text["parameters"].startswith(prompt)
+        assert image.info["parameters"].startswith(prompt)
 
 
 def test_parameters_read_as_the_web_uis_write_them() -> None:

@@ -46,7 +46,7 @@ def test_the_real_worker_renders_what_was_asked(farm: Queue, store: Store, setti
             stored = farm.do(jobs.image_of, farm.project, job.id)
             with Image.open(io.BytesIO(store.get(stored.key))) as image:
                 image.load()
-                told = json.loads(image.text["farm"])
+                told = json.loads(image.info["farm"])
                 assert (told["recipe"]["seed"], told["recipe"]["prompt"]) == (job.seed, job.prompt)
                 pictures.append(np.asarray(image))
         assert all(picture.std() > 2 for picture in pictures), "a picture shows something"

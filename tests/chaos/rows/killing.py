@@ -10,7 +10,8 @@ import psutil
 from PIL import Image
 
 from tests.chaos.faults import BOUNDARIES, Faults
-from tests.chaos.harness import Chaos, Worker, spread
+from tests.chaos.harness import Chaos, spread
+from tests.chaos.setting import Worker
 
 KILL_EVERY = 1.0
 

@@ -7,7 +7,8 @@ from threading import Event, Thread
 import psutil
 
 from tests.chaos.faults import Faults
-from tests.chaos.harness import Chaos, Worker
+from tests.chaos.harness import Chaos
+from tests.chaos.setting import Worker
 
 MOST_BYTES = 700 * 1024 * 1024
 """Resident memory at which a worker is ended, as the kernel would when a machine runs out."""
