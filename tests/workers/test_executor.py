@@ -20,13 +20,14 @@ from farm.settings import Settings
 from farm.states import JobState, Outcome
 from farm.storage import Store
 from tests.farm.conftest import Queue
-from tests.stub_worker import StubRenderer, picture
+from tests.stub_worker import StubRenderer, WarmState, picture
 from tests.workers.conftest import until
 from workers import storing
 from workers.executor import Executor
 from workers.exits import Exit
 from workers.feed import readable
 from workers.leaving import Leaving
+from workers.pictures import encode_png
 
 
 class Ordered(StubRenderer):
@@ -81,12 +82,12 @@ def test_the_stored_picture_is_the_rendered_one_with_its_recipe(executor: Execut
     assert (len(png), stored.width, stored.height) == (stored.bytes, 128, 128)
     with Image.open(io.BytesIO(png)) as image:
         image.load()
-        told = json.loads(image.text["farm"])
+        told = json.loads(image.info["farm"])
         assert told["labels"] == {"site": "north"}
         assert told["names"]["checkpoint"] == "crack-tiny"
         recipe = farm.do(lambda conn: conn.scalar(text("SELECT encode(hash, 'hex') FROM recipes")))
         assert told["recipe_hash"] == recipe
-        assert image.text["parameters"].startswith("a crack")
+        assert image.info["parameters"].startswith("a crack")
         pixels = np.asarray(image)
     assert np.array_equal(pixels, picture(Recipe.parse(told["recipe"])))
     with Image.open(io.BytesIO(store.get(stored.thumbnail_key))) as thumbnail:
@@ -101,7 +102,7 @@ def test_no_metadata_on_request(executor: Executor, farm: Queue, store: Store) -
     stored = farm.do(jobs.image_of, farm.project, items(farm, batch)[0].id)
     with Image.open(io.BytesIO(store.get(stored.key))) as image:
         image.load()
-        assert image.text == {}
+        assert not image.info.keys() - {"dpi", "gamma", "srgb"}, "no text"
 
 
 @pytest.mark.parametrize(
@@ -145,7 +146,7 @@ def test_a_picture_that_cannot_be_encoded_fails_no_neighbour(
     executor: Executor, farm: Queue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch = farm.submit([{"prompt": f"crack {n}", "seed": n} for n in range(3)])
-    real = storing.encode_png
+    real = encode_png
 
     def fails_on_one(pixels: Any, *, texts: dict[str, str], level: int) -> bytes:
         if texts["parameters"].startswith("crack 1"):
@@ -262,6 +263,25 @@ def test_two_threads_overlap_storing_with_denoising_and_a_third_is_sent_away(
         thread.join(20)
     assert all(seen)
     assert farm.counts(batch) == {"succeeded": 8}
+
+
+def test_what_one_thread_holds_is_warm_for_the_next_claim(
+    executor: Executor, farm: Queue, store: Store, renderer: Ordered, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that knows its pace leaves a cold lane to those who run its jobs; here that is the worker itself."""
+    farm.submit(8)
+    monkeypatch.setattr(renderer, "warm_state", lambda: WarmState({}, frozenset()))
+    executor._pace.render.took(0.01)
+    real, claimed, first = store.put, [], iter([True])
+
+    def put(*args: Any) -> None:
+        if next(first, False):
+            claimed.append(executor._claim())
+        real(*args)
+
+    monkeypatch.setattr(store, "put", put)
+    assert executor.work_once()
+    assert [len(one.jobs) for one in claimed] == [4]
 
 
 def test_a_job_under_suspicion_is_alone_in_its_process(executor: Executor, farm: Queue, renderer: Ordered) -> None:
