@@ -171,7 +171,7 @@ class Bench:
 
     def place(self) -> Any:
         cores = torch.get_num_threads() if self.device.type == "cpu" and "parts" in self.taken else 1
-        pixels = 2 * 128 * 128 if self.device.type == "cpu" else 4 * 1024 * 1024
+        pixels = 128 * 128 if self.device.type == "cpu" else 4 * 1024 * 1024
         return SimpleNamespace(place=self.device, spread=Spread(cores), decode_pixels=pixels)
 
     def decoded(self, latents: torch.Tensor) -> Any:

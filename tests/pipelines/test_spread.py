@@ -1,10 +1,14 @@
 """Parts of a micro-batch on several cores: every row once, in order, and the same pictures."""
 
+from collections.abc import Callable
+from threading import Event, get_ident
+
 import numpy as np
 import pytest
 import torch
 
 from workers.pipelines.engine import Engine
+from workers.pipelines.render import Pace
 from workers.pipelines.spread import Spread
 
 from .conftest import Fetch, farm_settings, go_on, recipe
@@ -29,6 +33,73 @@ def test_what_a_part_raises_arrives() -> None:
 
     with pytest.raises(ValueError, match="part 0"):
         Spread(2).run([lambda: part(0), lambda: part(1)])
+
+
+def test_what_follows_a_part_does_not_wait_for_the_slowest() -> None:
+    followed = Event()
+
+    def follow() -> str:
+        followed.set()
+        return "quick"
+
+    def slow() -> list[Callable[[], str]]:
+        assert followed.wait(20), "the other part's further call runs beside this"
+        return [lambda: "slow"]
+
+    assert Spread(2).flow([lambda: [follow], slow]) == ["quick", "slow"]
+    assert Spread(1).flow([lambda: [follow], slow]) == ["quick", "slow"]
+
+
+def test_what_a_part_or_what_follows_raises_arrives_when_nothing_runs_any_more() -> None:
+    ended = []
+
+    def fails() -> list[Callable[[], None]]:
+        raise ValueError("part")
+
+    def late() -> None:
+        ended.append(True)
+        raise KeyError("follows")
+
+    with pytest.raises(ValueError, match="part"):
+        Spread(2).flow([fails, lambda: [late]])
+    assert ended
+    with pytest.raises(KeyError, match="follows"):
+        Spread(2).flow([list, lambda: [late]])
+
+
+def test_a_part_of_a_part_stays_in_its_thread() -> None:
+    spread = Spread(2)
+
+    def part() -> list[object]:
+        return [get_ident(), *spread.run([get_ident, get_ident]), spread.parts(8)]
+
+    for here, *there, parts in spread.run([part, part]):
+        assert there == [here, here]
+        assert parts == [slice(0, 8)]
+
+
+def test_steps_are_told_once_when_the_slowest_part_has_done_them() -> None:
+    told: list[tuple[int, int]] = []
+
+    def on_step(step: int, steps: int) -> set[int]:
+        told.append((step, steps))
+        return {3} if step == 1 else {0, 1} if step == 2 else set()
+
+    one, other = slice(0, 2), slice(2, 4)
+    pace = Pace(on_step, [one, other])
+    first, second = pace.of(one), pace.of(other)
+    assert first(1, 3)
+    assert first(2, 3)
+    assert told == []
+    assert second(1, 3)
+    assert told == [(1, 3)]
+    assert pace.kept(other) == [2]
+    assert second(2, 3)
+    assert not first(3, 3), "all of its rows are dropped"
+    assert told == [(1, 3), (2, 3)]
+    assert second(3, 3)
+    assert told == [(1, 3), (2, 3), (3, 3)]
+    assert (pace.kept(one), pace.kept(other)) == ([], [2])
 
 
 @pytest.mark.parametrize(("model", "guidance"), [("sd", 1.0), ("sd", 3.0), ("sdxl", 3.0)])

@@ -69,9 +69,9 @@ class Device:
 
     @property
     def decode_pixels(self) -> int:
-        """Pixels decoded in one go. A CPU is fastest while the activations stay in its caches; a GPU wants them few
+        """Pixels decoded in one go. A CPU keeps its cores busy to the end with small pieces; a GPU wants them few
         enough that the VAE at 1024x1024 does not need more memory than the UNet."""
-        return 2 * 128 * 128 if self.on_cpu else 4 * 1024 * 1024
+        return 128 * 128 if self.on_cpu else 4 * 1024 * 1024
 
 
 def choose(settings: Settings) -> Device:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -53,28 +54,81 @@ def render(
     factor = vae_factor(vae)
     if first.width % factor or first.height % factor:
         raise InvalidRequest(f"{first.width}x{first.height}: width and height must be multiples of {factor}")
+    parts = device.spread.parts(len(recipes))
+    pace = Pace(on_step, parts)
+
+    def drawn(part: slice) -> list[Callable[[], Decoded]]:
+        own = None if chosen is None else chosen.of(part)
+        latents = _denoised(pipeline, vae, recipes[part], told[part], own, guides[part], pace.of(part), device)
+        kept = pace.kept(part)
+        if latents is None or not kept:
+            return []
+        if len(kept) < len(latents):
+            latents = latents[torch.tensor([index - part.start for index in kept], device=latents.device)]
+        return decoding(vae, latents, kept, device)
+
+    pictures: list[Picture | None] = [None] * len(recipes)
+    for index, picture in decoded(device.spread.flow([partial(drawn, part) for part in parts])):
+        if index not in pace.dropped:
+            pictures[index] = composited(picture, guides[index]) if first.composite else picture
+    return pictures
+
+
+class Pace:
+    """How far the parts of a micro-batch are: each goes on by itself, and `on_step` hears of the slowest."""
+
+    def __init__(self, on_step: OnStep, parts: Sequence[slice]) -> None:
+        self._on_step = on_step
+        self._done = {part.start: 0 for part in parts}
+        self._told = 0
+        self._lock = Lock()
+        self.dropped: set[int] = set()
+
+    def of(self, part: slice) -> Callable[[int, int], bool]:
+        """What a part calls after each step, with (steps done, steps in all); answers whether it goes on."""
+
+        def after_step(done: int, steps: int) -> bool:
+            with self._lock:
+                self._done[part.start] = done
+                while self._told < min(self._done.values()):
+                    self._told += 1
+                    self.dropped.update(self._on_step(self._told, steps))
+                if self._kept(part):
+                    return True
+                # Of the others' steps on_step is told all the same.
+                self._done[part.start] = steps
+                return False
+
+        return after_step
+
+    def kept(self, part: slice) -> list[int]:
+        """The rows of a part that nobody has dropped so far."""
+        with self._lock:
+            return self._kept(part)
+
+    def _kept(self, part: slice) -> list[int]:
+        return [index for index in range(part.start, part.stop) if index not in self.dropped]
+
+
+def _denoised(
+    pipeline: Pipeline,
+    vae: Any,
+    recipes: Sequence[Recipe],
+    told: Sequence[Text],
+    chosen: Chosen | None,
+    guides: Sequence[Guide],
+    after_step: Callable[[int, int], bool],
+    device: Device,
+) -> Tensor | None:
+    """The latents of recipes that share a lane; None when told to stop."""
+    first, factor = recipes[0], vae_factor(vae)
     sampling = sampler(first.scheduler, pipeline.scheduler_config, first.steps, device.place, first.first_step)
     shape = (int(pipeline.unet.config.in_channels), first.height // factor, first.width // factor)
     steps = len(sampling.timesteps)
-    dropped: set[int] = set()
-
-    def after_step(done: int) -> bool:
-        dropped.update(on_step(done, steps))
-        return len(dropped.intersection(range(len(recipes)))) < len(recipes)
-
     noise = Noise([recipe.seed for recipe in recipes], shape, device.place)
-    begun, kept_latents = _begin(sampling, vae, first, guides, noise, device)
+    begun, kept = _begin(sampling, vae, first, guides, noise, device)
     predict = _predictor(pipeline, first, told, chosen, Controls.of(pipeline, first, guides, steps, device), device)
-    latents = denoise(sampling, predict, begun, after_step, kept_latents)
-    kept = [index for index in range(len(recipes)) if index not in dropped]
-    pictures: list[Picture | None] = [None] * len(recipes)
-    if latents is None or not kept:
-        return pictures
-    if len(kept) < len(recipes):
-        latents = latents[torch.tensor(kept, device=latents.device)]
-    for index, picture in zip(kept, decode(vae, latents, device), strict=True):
-        pictures[index] = composited(picture, guides[index]) if first.composite else picture
-    return pictures
+    return denoise(sampling, predict, begun, lambda done: after_step(done, steps), kept)
 
 
 def _begin(
@@ -168,8 +222,19 @@ def guidance_embedding(scale: Tensor, width: int) -> Tensor:
     return torch.nn.functional.pad(made, (0, width % 2))
 
 
+Decoded = tuple[Sequence[int], Tensor, Tensor]
+"""Which rows, their pixels uint8 (n, height, width, 3) on the device, and for each a number that is finite if the
+picture is."""
+
+
 def decode(vae: Any, latents: Tensor, device: Device) -> list[Picture]:
-    """Latents (n, channels, height, width) to pictures, a few at a time, with one copy to the host.
+    """Latents (n, channels, height, width) to pictures, a few at a time. Raises RenderFailed for what is no number."""
+    found = decoded(device.spread.run(decoding(vae, latents, range(len(latents)), device)))
+    return [picture for _, picture in found]
+
+
+def decoding(vae: Any, latents: Tensor, rows: Sequence[int], device: Device) -> list[Callable[[], Decoded]]:
+    """Calls that decode latents (n, channels, height, width) of these rows, a few each.
 
     Rounded on the device: a float copy would be four times as large and the host four times as busy.
     """
@@ -180,19 +245,27 @@ def decode(vae: Any, latents: Tensor, device: Device) -> list[Picture]:
     share = -(-len(ready) // len(device.spread.parts(len(ready))))
     chunks = torch.split(ready, max(1, min(device.decode_pixels // pixels, share)))
 
-    def rounded(chunk: Tensor) -> tuple[Tensor, Tensor]:
+    def rounded(chunk: Tensor, some: Sequence[int]) -> Decoded:
         image = vae.decode(chunk, return_dict=False)[0].float()
         # A sum is NaN or infinite exactly when a picture is spoilt, and cheaper than looking at every pixel.
         total = image.sum(dim=(1, 2, 3))
         image = image.mul(127.5).add_(127.5).round_().clamp_(0, 255)
-        return image.permute(0, 2, 3, 1).to(torch.uint8), total
+        return some, image.permute(0, 2, 3, 1).to(torch.uint8), total
 
-    made, totals = zip(*device.spread.run([partial(rounded, chunk) for chunk in chunks]), strict=True)
-    pictures = torch.cat(made).cpu().numpy()
-    broken = (~torch.isfinite(torch.cat(totals))).nonzero().flatten().tolist()
-    if broken:
+    size = len(chunks[0])
+    return [partial(rounded, chunk, rows[n * size : (n + 1) * size]) for n, chunk in enumerate(chunks)]
+
+
+def decoded(made: Sequence[Decoded]) -> list[tuple[int, Picture]]:
+    """Row and picture of all that was decoded, with one copy to the host. Raises RenderFailed for what is no number."""
+    if not made:
+        return []
+    rows = [row for some, _, _ in made for row in some]
+    pictures = torch.cat([pixels for _, pixels, _ in made]).cpu().numpy()
+    finite = torch.isfinite(torch.cat([total for _, _, total in made])).tolist()
+    if broken := [row for row, good in zip(rows, finite, strict=True) if not good]:
         raise RenderFailed("the picture is not a number; try another number type or VAE", rows=broken)
-    return [np.ascontiguousarray(picture) for picture in pictures]
+    return [(row, np.ascontiguousarray(picture)) for row, picture in zip(rows, pictures, strict=True)]
 
 
 def unscaled(vae: Any, latents: Tensor) -> Tensor:
