@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -24,7 +24,7 @@ from farm.storage import Store
 from tests.api.conftest import add_models
 from tests.chaos import audit, invariants
 from tests.chaos.client import Client
-from tests.chaos.faults import Faults
+from tests.chaos.faults import Faults, on_last_try
 from tests.chaos.history import History
 from tests.chaos.invariants import Violation
 from tests.chaos.processes import Process
@@ -205,6 +205,22 @@ class Chaos:
         worker.process.send(signal.SIGKILL)
         self.history.write("kill", worker=worker.id)
         self.figures.add("kills")
+
+    def catch(self, found: Sequence[Worker]) -> Worker | None:
+        """Freeze one of these workers, whichever; None for one that has a job on its last try, and goes on."""
+        if not found:
+            return None
+        worker = self.random.choice(found)
+        worker.process.send(signal.SIGSTOP)
+        spared = True
+        try:
+            # Frozen first: it cannot take such a job after it was looked at.
+            with self.database.transaction() as conn:
+                spared = on_last_try(conn, worker=worker.id)
+        finally:
+            if spared:
+                worker.process.send(signal.SIGCONT)
+        return None if spared else worker
 
     # Questions
 

@@ -134,7 +134,7 @@ def trouble_postgres(chaos: Chaos, *, crashes: int, cutting: float, lock: float)
     with Trickle(chaos) as trickle:
         for _ in range(crashes):
             trickle.phase = "crashes"
-            chaos.kill(chaos.until(chaos.holding)[0])
+            chaos.kill(chaos.until(lambda: chaos.catch(chaos.holding())))
             crash(server, signal.SIGQUIT)
             time.sleep(1)
             revive(chaos, server)
