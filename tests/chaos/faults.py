@@ -33,7 +33,8 @@ run, and none of them may count. The doorbell is rung by the API."""
 MAX_CRASHES: int = Settings.model_fields["max_crashes"].default
 _LAST_TRY = text("""
     SELECT EXISTS (
-        SELECT FROM jobs j JOIN attempts a ON a.job_id = j.id AND a.number = j.attempt JOIN claims c ON c.id = a.claim_id
+        SELECT FROM jobs j JOIN attempts a ON a.job_id = j.id AND a.number = j.attempt
+        JOIN claims c ON c.id = a.claim_id
         WHERE j.state = 'running' AND j.alone AND j.crashes >= :last AND (j.id = ANY(:ids) OR c.worker_id = :worker))
 """)
 
