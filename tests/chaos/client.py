@@ -1,6 +1,7 @@
 """A careful client: sends every submission under an Idempotency-Key until it is answered, and remembers what was."""
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any
@@ -83,3 +84,9 @@ class Client:
                 what = repr(error)
             assert time.monotonic() < deadline, f"nobody accepted a submission for {PATIENCE_SECONDS:.0f} s: {what}"
             time.sleep(AGAIN_SECONDS)
+
+
+def spread(total: int, pieces: int) -> Iterable[int]:
+    """`total` in nearly equal parts."""
+    whole, rest = divmod(total, pieces)
+    return [whole + (n < rest) for n in range(pieces)]

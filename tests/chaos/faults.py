@@ -14,7 +14,7 @@ from uuid import UUID
 
 from sqlalchemy import Connection, text
 
-from farm import doorbell, jobs
+from farm import courier, doorbell, jobs
 from farm.jobs import running
 from farm.queries import claiming as claims
 from farm.queries import finishing
@@ -25,10 +25,11 @@ from workers.executor import Executor
 
 BOUNDARIES = (
     "claim-before", "claim-after", "render-before", "render-after", "upload-before", "upload-after",
-    "commit-before", "commit-after", "doorbell-before", "doorbell-after",
+    "commit-before", "commit-after", "doorbell-before", "doorbell-after", "webhook-before", "webhook-after",
 )  # fmt: skip
 """Where a process can be made to stop. "before" claim and commit is the moment before the COMMIT: all statements have
-run, and none of them may count. The doorbell is rung by the API."""
+run, and none of them may count. The doorbell is rung by the API; webhooks are told by the sweeper, and "after" is the
+moment when the receiver has answered and nobody has noted it."""
 
 MAX_CRASHES: int = Settings.model_fields["max_crashes"].default
 _LAST_TRY = text("""
@@ -135,6 +136,10 @@ def _stop_at(faults: Faults) -> None:
         return
     if faults.at == "claim-after":
         _wrap(Executor, "_claim", after=lambda claimed: claimed is not None and passing.pass_by())
+    elif faults.at == "webhook-before":
+        _wrap(courier, "signed", before=passing.pass_by)
+    elif faults.at == "webhook-after":
+        _wrap(courier.Courier, "_record", before=passing.pass_by)
     elif faults.at == "commit-before":
         _wrap(jobs, "finish", after=lambda _: passing.pass_by())
     else:

@@ -3,7 +3,7 @@
 I1 every accepted job ends terminal. I2 exactly one image per job that succeeded, sha256 of row = object = key, and it
 is the picture of that job's seed. I3 no change by a stale attempt. I4 attempts stay within their limits, and a
 poisonous job is isolated with its cause. I5 no attempt runs past its lease and two sweeps. I6 counters of batches and
-projects equal recomputed sums. (What I6 says of webhooks belongs into `at_the_end`, beside the counters.)
+projects equal recomputed sums; what I6 says of webhooks is in `hooks`.
 """
 
 import hashlib

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import api.main
-from farm import logs
+from farm import courier, logs
 from farm.maintenance import Sweeper
 from farm.recipe import Recipe
 from farm.settings import Settings
@@ -82,6 +82,9 @@ def _sweeper() -> int:
     """As `farm sweeper` runs it."""
     settings = read_settings()
     logs.configure(settings)
+    if settings.lease < Settings.model_fields["lease"].default:
+        # With the other timers: how long a try at a webhook is waited for after its sweeper was killed.
+        courier.LEASE_MARGIN = settings.lease
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())

@@ -9,11 +9,14 @@ import numpy as np
 import psutil
 from PIL import Image
 
+from tests.chaos.client import spread
 from tests.chaos.faults import BOUNDARIES, Faults
-from tests.chaos.harness import Chaos, spread
+from tests.chaos.harness import Chaos
 from tests.chaos.setting import Worker
 
 KILL_EVERY = 1.0
+OF_WORKERS = ("claim", "render", "upload", "commit")
+"""What workers do, of the boundaries; the rest are the API's and the sweeper's."""
 
 
 def kill_workers(chaos: Chaos, *, jobs: int, kills: int, workers: int = 4) -> None:
@@ -75,7 +78,7 @@ def freeze_workers(chaos: Chaos, *, stops: int, workers: int) -> None:
 
 def crash_at_boundaries(chaos: Chaos, *, crashes: int, workers: int) -> None:
     """R5. At every boundary a process ends so many times, at a random passage."""
-    plan = [boundary for boundary in BOUNDARIES if not boundary.startswith("doorbell") for _ in range(crashes)]
+    plan = [boundary for boundary in BOUNDARIES if boundary.split("-")[0] in OF_WORKERS for _ in range(crashes)]
     chaos.random.shuffle(plan)
     running: list[Worker] = []
     while plan or running:
@@ -90,6 +93,7 @@ def crash_at_boundaries(chaos: Chaos, *, crashes: int, workers: int) -> None:
         time.sleep(0.05)
     chaos.keep(2)
     _crash_the_api(chaos, crashes)
+    _crash_the_sweeper(chaos, crashes)
     chaos.until_done(60 + crashes)
 
 
@@ -110,6 +114,19 @@ def _crash_the_api(chaos: Chaos, crashes: int) -> None:
             chaos.figures.add(f"crashes {boundary}")
             chaos.stop_part("api")
     chaos.start("api")
+
+
+def _crash_the_sweeper(chaos: Chaos, crashes: int) -> None:
+    """The sweeper ends around telling a webhook: before it says a word, and before it notes the answer."""
+    chaos.stop_part("sweeper")
+    for boundary in (boundary for boundary in BOUNDARIES if boundary.startswith("webhook")):
+        for _ in range(crashes):
+            doomed = chaos.start("sweeper", Faults(at=boundary))
+            chaos.client.submit(1)
+            chaos.until(lambda doomed=doomed: not doomed.alive)  # type: ignore[misc]
+            chaos.figures.add(f"crashes {boundary}")
+            chaos.stop_part("sweeper")
+    chaos.start("sweeper")
 
 
 def _batches(chaos: Chaos) -> int:
