@@ -22,7 +22,7 @@ from farm.stack import Servers
 from farm.stack.ports import LOOPBACK, answers, free_port
 from farm.storage import Store
 from tests.api.conftest import add_models
-from tests.chaos import audit, hooks, invariants
+from tests.chaos import audit, hooks, invariants, secrets
 from tests.chaos.client import Client
 from tests.chaos.faults import Faults, on_last_try
 from tests.chaos.history import History
@@ -118,7 +118,9 @@ class Chaos:
         self.stalls = Stalls()
         self._opened.callback(self.stalls.close)
         url = f"http://{LOOPBACK}:{self.settings.api_port}"
-        self.client = Client(url, str(made.key), self.history)
+        told = {"the API key": str(made.key), "the webhook's secret": str(self.webhook.secret)}
+        self.secrets = secrets.of(self.settings, **told)
+        self.client = Client(url, str(made.key), self.history, self.secrets)
         for name, run in (("keeper", self._keep), ("watcher", self._watch)):
             thread = threading.Thread(target=run, name=name, daemon=True)
             thread.start()
@@ -316,7 +318,8 @@ class Chaos:
         with self.database.transaction() as conn:
             found += invariants.at_the_end(conn, self.settings, accepted=self.client.accepted, poison=self.poison)
             found += hooks.check(conn, str(self.webhook.secret), self.receiver.seen)
-        found += invariants.check_pictures(self.database, self.store, pictures=self.pictures)
+        found += invariants.check_pictures(self.database, self.store, pictures=self.pictures, secrets=self.secrets)
+        found += [*secrets.in_files(self.folder, self.secrets), *self.client.leaks]
         with self.database.transaction() as conn:
             known = {violation.what for violation in self.violations}
             self.violations += [violation for violation in found if violation.what not in known]
