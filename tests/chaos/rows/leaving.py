@@ -46,7 +46,7 @@ def render_poison(chaos: Chaos, *, good: int, each: int, workers: int = 4) -> No
 
 
 def _run_out_of_memory(chaos: Chaos, done: Event) -> None:
-    while not done.wait(0.02):
+    while not done.wait(0.1):
         for worker in chaos.alive():
             try:
                 eaten = psutil.Process(worker.process.pid).memory_info().rss > MOST_BYTES
