@@ -12,7 +12,7 @@ PYTEST_WORKERS ?= 2
 CHAOS_ROWS ?= 4
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test chaos lint format up down clean
+.PHONY: help install demo test chaos lint audit format up down clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z.]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -42,6 +42,10 @@ lint: $(STAMP)  ## linters, formatting, types, import contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+audit:  ## known faults of what constraints.txt pins (needs the network; in an environment of its own)
+	@test -x build/audit/bin/pip-audit || { $(PYTHON) -m venv build/audit && build/audit/bin/pip install --quiet pip-audit; }
+	build/audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 format: $(STAMP)  ## let ruff repair what it can
 	$(BIN)/ruff check --fix .

@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+import psycopg
 from celery import Celery
 from PIL import Image
 
@@ -46,8 +47,10 @@ WARM_UP = 32
 WARM_ROUND, TRIAL_ROUND = 10_001, 10_002
 """Numbers that no measured round has."""
 ASK_SECONDS = 0.5
+ADDED_UP_SECONDS = 2.0
 PATIENCE = 900
 """Seconds after which one contender's round is given up."""
+MOST_STATEMENTS = 0.03
 TARGETS = {"bare": 0.9, "celery": 1.5}
 CELERY_CHOICES = (("threads", 1), ("threads", 2), ("prefork", 1))
 """Pool of two, and torch threads in each."""
@@ -70,6 +73,8 @@ class Ground:
     """The first picture of the last round, by contender."""
     cpu: dict[str, list[float]] = field(default_factory=dict)
     """Processor seconds a picture in every round, by the farm's service, `bare` or `celery`."""
+    statements: list[float] = field(default_factory=list)
+    """Share of every round that Postgres was at statements of the farm: claim, renew, finish and all others."""
 
     @property
     def settings(self) -> Settings:
@@ -78,6 +83,13 @@ class Ground:
     def processor_seconds(self) -> dict[str, float]:
         """What each service of the farm has used since it started."""
         return {service.name: processor_seconds(service.pid or 0) for service in self.stack.services}
+
+    def statement_seconds(self) -> float:
+        """What Postgres spent in the farm's statements since it started, as far as it has been added up (1 s late)."""
+        with psycopg.connect(self.settings.database_url.get_secret_value()) as conn:
+            row = conn.execute("SELECT active_time FROM pg_stat_database WHERE datname = current_database()").fetchone()
+        assert row is not None
+        return float(row[0]) / 1000
 
     @property
     def redis_url(self) -> str:
@@ -99,7 +111,7 @@ def make_jobs(count: int, round_number: int) -> Jobs:
 
 def through_the_farm(ground: Ground) -> Contender:
     def run(jobs: Jobs) -> float:
-        before = ground.processor_seconds()
+        before, asked = ground.processor_seconds(), ground.statement_seconds()
         start, patience = time.time(), time.monotonic() + PATIENCE
         batch = ground.farm.submit_many(jobs, name="benchmark")
         while (counts := ground.farm.batch(batch.id).counts).queued + counts.running:
@@ -107,6 +119,8 @@ def through_the_farm(ground: Ground) -> Contender:
                 raise SystemExit(f"the farm is not done after {PATIENCE} s: {counts}")
             time.sleep(ASK_SECONDS)
         used = ground.processor_seconds()
+        time.sleep(ADDED_UP_SECONDS)
+        asked = ground.statement_seconds() - asked
         every = list(ground.farm.jobs(batch=batch.id))
         ended = [job.finished_at.timestamp() for job in every if job.state == "succeeded" and job.finished_at]
         if len(ended) != len(jobs):
@@ -115,7 +129,9 @@ def through_the_farm(ground: Ground) -> Contender:
             ground.cpu.setdefault(name, []).append((used[name] - before_it) / len(jobs))
         ground.first["farm"] = Image.open(io.BytesIO(ground.farm.image(every[0])))
         # By the clock of the database, which is this machine's: asking often would cost what is measured.
-        return max(ended) - start
+        took = max(ended) - start
+        ground.statements.append(asked / took)
+        return took
 
     return run
 
@@ -259,6 +275,9 @@ def main() -> None:
     report(found, options.jobs)
     told = ", ".join(f"{name} {statistics.median(used) * 1000:.1f}" for name, used in ground.cpu.items())
     print(f"processor milliseconds a picture: {told}")
+    if ground.statements:
+        share = statistics.median(ground.statements[1:] or ground.statements)
+        print(f"time in statements, of the farm's time: {share:.2%} (target <= {MOST_STATEMENTS:.0%})")
     if {"farm", "bare"} <= set(ground.first):
         pair = [np.asarray(ground.first[who], dtype=np.int16) for who in ("farm", "bare")]
         print(f"one picture of both: largest difference of a colour value {np.abs(pair[0] - pair[1]).max()} of 255")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from farm.cli import failures
 from farm.cli.display import Bar, ago, batch_note, json_line, table
 from farm.cli.exits import Exit, exit_code, report
 from farm.cli.options import DATA_DIR, AsJson, DataDir, Labels, connect, labels_of
@@ -23,6 +24,7 @@ T = TypeVar("T")
 Batch = Annotated[str, typer.Argument(help="The id of a batch.", metavar="BATCH", show_default=False)]
 Ids = Annotated[list[str], typer.Argument(help="Ids of batches or jobs.", metavar="ID...", show_default=False)]
 BatchIds = Annotated[list[str], typer.Argument(help="Ids of batches.", metavar="BATCH...", show_default=False)]
+OfBatch = Annotated[str | None, typer.Option("--batch", help="Only jobs of this batch.", show_default=False)]
 Limit = Annotated[int, typer.Option(help="Show at most so many; 0 shows all.", min=0)]
 
 
@@ -82,12 +84,17 @@ def jobs(
     data_dir: DataDir = DATA_DIR,
     state: Annotated[list[JobState] | None, typer.Option(help="Only jobs in this state; may be repeated.")] = None,
     label: Labels = None,
-    batch: Annotated[str | None, typer.Option(help="Only jobs of this batch.", show_default=False)] = None,
+    batch: OfBatch = None,
+    failed: Annotated[bool, typer.Option("--failed", help="Only failed jobs, grouped by cause.")] = False,
     limit: Limit = 50,
     as_json: AsJson = False,
 ) -> None:
-    """List jobs."""
+    """List jobs; with --failed, what they failed of."""
     with connect(data_dir) as farm:
+        if failed:
+            wanted = farm.jobs(state=[JobState.FAILED], labels=labels_of(label), batch=batch, page=failures.PAGE)
+            failures.show(wanted, as_json)
+            return
         found = farm.jobs(state=state or (), labels=labels_of(label), batch=batch, page=_page(limit))
         _list(
             found,
@@ -158,9 +165,29 @@ def cancel(ids: Ids, data_dir: DataDir = DATA_DIR, as_json: AsJson = False) -> N
     _each(ids, data_dir, as_json, "cancelled", lambda farm, one: _either(farm.cancel, farm.cancel_job, one))
 
 
-def retry(ids: Ids, data_dir: DataDir = DATA_DIR, as_json: AsJson = False) -> None:
-    """Queue failed and cancelled jobs again."""
-    _each(ids, data_dir, as_json, "queued again", lambda farm, one: _either(farm.retry, farm.retry_job, one))
+def retry(
+    ids: Annotated[
+        list[str] | None, typer.Argument(help="Ids of batches or jobs.", metavar="ID...", show_default=False)
+    ] = None,
+    data_dir: DataDir = DATA_DIR,
+    failed: Annotated[bool, typer.Option("--failed", help="Every failed job, in place of ids.")] = False,
+    cause: Annotated[
+        str | None, typer.Option(help="With --failed: only of this cause, as `farm jobs --failed` names it.")
+    ] = None,
+    label: Labels = None,
+    batch: OfBatch = None,
+    as_json: AsJson = False,
+) -> None:
+    """Queue failed and cancelled jobs again: by id, or every failed one, or those of one cause."""
+    if failed == bool(ids):
+        raise typer.BadParameter("name ids, or say --failed", param_hint="ID... or --failed")
+    if not failed and (cause or label or batch):
+        raise typer.BadParameter("--cause, --label and --batch choose among failed jobs: say --failed with them")
+    if ids:
+        _each(ids, data_dir, as_json, "queued again", lambda farm, one: _either(farm.retry, farm.retry_job, one))
+        return
+    with connect(data_dir) as farm:
+        failures.retry(farm, cause=cause, labels=labels_of(label), batch=batch, as_json=as_json)
 
 
 def delete(

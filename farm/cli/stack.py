@@ -72,7 +72,10 @@ def status(data_dir: DataDir = DATA_DIR, as_json: AsJson = False) -> None:
             }
         )
     else:
-        _show(services, lanes, workers)
+        _show_services(services)
+        # An API that does not answer is no empty queue: the error that follows says what is wrong.
+        if failure is None:
+            _show_work(lanes, workers)
     if failure is not None:
         raise failure
 
@@ -91,10 +94,13 @@ def _services(data_dir: Path) -> list[dict[str, Any]]:
     return [{name: each[name] for name in ("name", "pid", "address", "state")} for each in found]
 
 
-def _show(services: list[dict[str, Any]], lanes: "list[LaneView]", workers: "list[WorkerView]") -> None:
+def _show_services(services: list[dict[str, Any]]) -> None:
     if services:
         rows = [(each["name"], each["state"], each["pid"], each["address"]) for each in services]
         table(("SERVICE", "STATE", "#PID", "ADDRESS"), rows, "")
+
+
+def _show_work(lanes: "list[LaneView]", workers: "list[WorkerView]") -> None:
     table(
         ("LANE", "CHECKPOINT", "POOL", "#QUEUED", "#RUNNING", "#OLDEST", "#IMAGES/S"),
         (

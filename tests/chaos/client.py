@@ -1,6 +1,7 @@
 """A careful client: sends every submission under an Idempotency-Key until it is answered, and remembers what was."""
 
 import time
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any
@@ -9,6 +10,8 @@ from uuid import uuid4
 import httpx
 
 from tests.chaos.history import History
+from tests.chaos.invariants import Violation
+from tests.chaos.secrets import named_in
 
 PATIENCE_SECONDS = 180.0
 AGAIN_SECONDS = 0.1
@@ -27,9 +30,13 @@ class Submission:
 class Client:
     """Speaks to the API. Threads may share it. Seeds count up through the whole run, so that each names one job."""
 
-    def __init__(self, url: str, key: str, history: History) -> None:
+    def __init__(self, url: str, key: str, history: History, hidden: Mapping[str, str]) -> None:
+        """`hidden`: secrets by name, which no answer may hold."""
         self.http = httpx.Client(base_url=f"{url}/api/v1", headers={"Authorization": f"Bearer {key}"}, timeout=30)
+        self.http.event_hooks["response"] = [self._look]
         self.submissions: list[Submission] = []
+        self.leaks: list[Violation] = []
+        self._hidden = hidden
         self._history = history
         self._lock = Lock()
         self._seed = 0
@@ -67,6 +74,10 @@ class Client:
         self._history.write(verb, batch=batch, status=status)
         return status
 
+    def _look(self, answer: httpx.Response) -> None:
+        said = answer.read() + str(answer.headers.raw).encode()
+        self.leaks += [Violation("secret", f"{name} stands in an answer") for name in named_in(said, self._hidden)]
+
     def _insist(self, path: str, key: str, body: dict[str, Any]) -> tuple[dict[str, Any], int]:
         deadline, tries = time.monotonic() + PATIENCE_SECONDS, 0
         while True:
@@ -83,3 +94,9 @@ class Client:
                 what = repr(error)
             assert time.monotonic() < deadline, f"nobody accepted a submission for {PATIENCE_SECONDS:.0f} s: {what}"
             time.sleep(AGAIN_SECONDS)
+
+
+def spread(total: int, pieces: int) -> Iterable[int]:
+    """`total` in nearly equal parts."""
+    whole, rest = divmod(total, pieces)
+    return [whole + (n < rest) for n in range(pieces)]

@@ -4,28 +4,40 @@ import os
 import resource
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import Any
+from uuid import UUID
 
-from sqlalchemy import text
+from sqlalchemy import Connection, text
 
-from farm import doorbell, jobs
+from farm import courier, doorbell, jobs
 from farm.jobs import running
-from farm.queries import claiming, finishing
+from farm.queries import claiming as claims
+from farm.queries import finishing
+from farm.settings import Settings
 from farm.storage import Store
 from tests.chaos.clock import set_wrong
 from workers.executor import Executor
 
 BOUNDARIES = (
     "claim-before", "claim-after", "render-before", "render-after", "upload-before", "upload-after",
-    "commit-before", "commit-after", "doorbell-before", "doorbell-after",
+    "commit-before", "commit-after", "doorbell-before", "doorbell-after", "webhook-before", "webhook-after",
 )  # fmt: skip
 """Where a process can be made to stop. "before" claim and commit is the moment before the COMMIT: all statements have
-run, and none of them may count. The doorbell is rung by the API."""
+run, and none of them may count. The doorbell is rung by the API; webhooks are told by the sweeper, and "after" is the
+moment when the receiver has answered and nobody has noted it."""
+
+MAX_CRASHES: int = Settings.model_fields["max_crashes"].default
+_LAST_TRY = text("""
+    SELECT EXISTS (
+        SELECT FROM jobs j JOIN attempts a ON a.job_id = j.id AND a.number = j.attempt
+        JOIN claims c ON c.id = a.claim_id
+        WHERE j.state = 'running' AND j.alone AND j.crashes >= :last AND (j.id = ANY(:ids) OR c.worker_id = :worker))
+""")
 
 SAFETY = ("fence", "heartbeat", "patience")
 """What the self-test can switch off inside a process: the fence of a finish, the renewal of leases, and the rescuer's
@@ -42,7 +54,7 @@ class Faults:
     at: str = ""
     """One of BOUNDARIES: there the process gets `signal`."""
     after: int = 1
-    """How many times it passes there first, counted from 1."""
+    """How many times it passes there first, counted from 1. Passages with a job on its last try do not count."""
     signal: int = signal.SIGKILL
     without: str = ""
     """One of SAFETY."""
@@ -74,6 +86,15 @@ def arm(faults: Faults) -> None:
         _no_names(faults.nameless)
 
 
+def on_last_try(conn: Connection, *, worker: UUID | None = None, ids: Collection[UUID] = ()) -> bool:
+    """Whether that worker, or one of those jobs, is rendering a job that one more crash alone would quarantine.
+
+    Whoever ends processes at random spares it: a job whose every try is ended is poison for the farm, rightly, and on a
+    machine with little to spare chance alone would pick the same one three times.
+    """
+    return bool(conn.scalar(_LAST_TRY, {"worker": worker, "ids": list(ids), "last": MAX_CRASHES - 1}))
+
+
 class _Passing:
     """Counts how often a place is passed, and stops the process there."""
 
@@ -81,9 +102,16 @@ class _Passing:
         self._left = faults.after
         self._signal = faults.signal
         self._lock = Lock()
+        self._sparing = False
+
+    def note(self, conn: Connection, claimed: Any) -> None:
+        """Whatever was claimed last is what is passed with: a job on its last try is alone in its process."""
+        self._sparing = on_last_try(conn, ids=[job.id for job in claimed.jobs])
 
     def pass_by(self) -> None:
         with self._lock:
+            if self._sparing:
+                return
             self._left -= 1
             if self._left == 0:
                 os.kill(os.getpid(), self._signal)
@@ -92,11 +120,26 @@ class _Passing:
 def _stop_at(faults: Faults) -> None:
     place, moment = faults.at.split("-")
     passing = _Passing(faults)
+    claim = jobs.claim
+
+    def claiming(conn: Connection, *args: Any, **kwargs: Any) -> Any:
+        claimed = claim(conn, *args, **kwargs)
+        if claimed is not None:
+            passing.note(conn, claimed)
+            # Inside the transaction: the rows are changed, the COMMIT is still to come.
+            if faults.at == "claim-before":
+                passing.pass_by()
+        return claimed
+
+    jobs.claim = claiming
     if faults.at == "claim-before":
-        # Inside the transaction: the rows are changed, the COMMIT is still to come.
-        _wrap(jobs, "claim", after=lambda claimed: claimed is not None and passing.pass_by())
-    elif faults.at == "claim-after":
+        return
+    if faults.at == "claim-after":
         _wrap(Executor, "_claim", after=lambda claimed: claimed is not None and passing.pass_by())
+    elif faults.at == "webhook-before":
+        _wrap(courier, "signed", before=passing.pass_by)
+    elif faults.at == "webhook-after":
+        _wrap(courier.Courier, "_record", before=passing.pass_by)
     elif faults.at == "commit-before":
         _wrap(jobs, "finish", after=lambda _: passing.pass_by())
     else:
@@ -136,7 +179,7 @@ def _no_fence() -> None:
 
 def _no_renewal() -> None:
     """Claims are never prolonged, and nobody tells the worker."""
-    claiming.renew = lambda conn, *, worker, claims, lease, now: set(claims)
+    claims.renew = lambda conn, *, worker, claims, lease, now: set(claims)
 
 
 def _no_patience() -> None:

@@ -6,8 +6,8 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -15,29 +15,23 @@ from typing import Any, Self
 
 from sqlalchemy import text
 
-from farm import catalogue, keys
+from farm import catalogue, keys, webhooks
 from farm.db import Database
 from farm.errors import Unavailable
 from farm.stack import Servers
 from farm.stack.ports import LOOPBACK, answers, free_port
 from farm.storage import Store
 from tests.api.conftest import add_models
-from tests.chaos import audit, invariants
+from tests.chaos import audit, hooks, invariants, secrets
 from tests.chaos.client import Client
-from tests.chaos.faults import Faults
+from tests.chaos.faults import Faults, on_last_try
 from tests.chaos.history import History
 from tests.chaos.invariants import Violation
 from tests.chaos.processes import Process
-from tests.chaos.setting import (
-    PRODUCTION_BOUND,
-    SCALED,
-    SCALED_BOUND,
-    TEMPLATE,
-    Figures,
-    Worker,
-    prepare,
-)
+from tests.chaos.setting import PRODUCTION_BOUND, SCALED, SCALED_BOUND, TEMPLATE, Figures, Worker, prepare
+from tests.chaos.stalls import Stalls
 from tests.conftest import administer, with_database
+from tests.farm.receivers import receiving
 from tests.workers.conftest import environment_of
 
 LOOK_SECONDS = 0.25
@@ -74,6 +68,7 @@ class Chaos:
                 "micro_batch": 4,
                 "database_pool_size": 6,
                 "log_format": "console",
+                "webhook_networks": "127.0.0.0/8",
                 **timers,
                 **settings,
             }
@@ -104,6 +99,7 @@ class Chaos:
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
         self._logs = 0
+        self._opened = ExitStack()
 
     def __enter__(self) -> Self:
         self.store.ensure_bucket()
@@ -114,8 +110,17 @@ class Chaos:
                 catalogue.install_default(conn, self.store)
             audit.install(conn)
             made = keys.create_key(conn, project="chaos", name="chaos", scopes=list(keys.SCOPES))
+            self.receiver = self._opened.enter_context(receiving())
+            project = conn.execute(text("SELECT id FROM projects WHERE name = 'chaos'")).scalar_one()
+            self.webhook = webhooks.create(
+                conn, project, url=self.receiver.url, events=["batch.finished"], settings=self.settings
+            )
+        self.stalls = Stalls()
+        self._opened.callback(self.stalls.close)
         url = f"http://{LOOPBACK}:{self.settings.api_port}"
-        self.client = Client(url, str(made.key), self.history)
+        told = {"the API key": str(made.key), "the webhook's secret": str(self.webhook.secret)}
+        self.secrets = secrets.of(self.settings, **told)
+        self.client = Client(url, str(made.key), self.history, self.secrets)
         for name, run in (("keeper", self._keep), ("watcher", self._watch)):
             thread = threading.Thread(target=run, name=name, daemon=True)
             thread.start()
@@ -130,6 +135,7 @@ class Chaos:
             thread.join(30)
         for process in [*(worker.process for worker in self.workers), *self.others]:
             process.kill()
+        self._opened.close()
         self.client.http.close()
         self.database.dispose()
         self.history.close()
@@ -206,6 +212,22 @@ class Chaos:
         self.history.write("kill", worker=worker.id)
         self.figures.add("kills")
 
+    def catch(self, found: Sequence[Worker]) -> Worker | None:
+        """Freeze one of these workers, whichever; None for one that has a job on its last try, and goes on."""
+        if not found:
+            return None
+        worker = self.random.choice(found)
+        worker.process.send(signal.SIGSTOP)
+        spared = True
+        try:
+            # Frozen first: it cannot take such a job after it was looked at.
+            with self.database.transaction() as conn:
+                spared = on_last_try(conn, worker=worker.id)
+        finally:
+            if spared:
+                worker.process.send(signal.SIGCONT)
+        return None if spared else worker
+
     # Questions
 
     def ask(self, statement: str, **parameters: Any) -> Any:
@@ -246,18 +268,6 @@ class Chaos:
         except TimeoutError:
             self.history.write("not done", counts=self.counts())
 
-    @contextmanager
-    def changed_schema(self) -> Iterator[None]:
-        """While the block runs the database says that another release has migrated it."""
-        with self.database.transaction() as conn:
-            before = conn.scalar(text("SELECT version_num FROM alembic_version"))
-            conn.execute(text("UPDATE alembic_version SET version_num = 'chaos'"))
-        try:
-            yield
-        finally:
-            with self.database.transaction() as conn:
-                conn.execute(text("UPDATE alembic_version SET version_num = :before"), {"before": before})
-
     # Verdicts
 
     def _watch(self) -> None:
@@ -283,9 +293,13 @@ class Chaos:
 
     def _along(self) -> list[Violation]:
         accepted = self.client.accepted
-        slack = timedelta(seconds=self.slack + self.blocked)
+        slack = timedelta(seconds=self.slack + self.blocked + self.stalls.seconds)
         with self.database.transaction() as conn:
             return invariants.all_along(conn, self.settings, accepted=accepted, slack=slack)
+
+    def _all_told(self) -> bool:
+        with self.database.transaction() as conn:
+            return hooks.all_told(conn)
 
     def fail(self, what: str) -> None:
         """Something this row promises did not hold."""
@@ -294,20 +308,27 @@ class Chaos:
 
     def judge(self) -> None:
         """The last look, at everything; and how long jobs of killed workers were out of reach."""
+        if not self.violations and not self.backlog():
+            with suppress(TimeoutError):
+                self.until(self._all_told, 90)
         self._stop.set()
         for thread in self._threads:
             thread.join(30)
         found = self._along()
         with self.database.transaction() as conn:
             found += invariants.at_the_end(conn, self.settings, accepted=self.client.accepted, poison=self.poison)
-        found += invariants.check_pictures(self.database, self.store, pictures=self.pictures)
+            found += hooks.check(conn, str(self.webhook.secret), self.receiver.seen)
+        found += invariants.check_pictures(self.database, self.store, pictures=self.pictures, secrets=self.secrets)
+        found += [*secrets.in_files(self.folder, self.secrets), *self.client.leaks]
         with self.database.transaction() as conn:
             known = {violation.what for violation in self.violations}
             self.violations += [violation for violation in found if violation.what not in known]
             self._measure(conn)
             for row in conn.execute(text("SELECT * FROM attempts ORDER BY started_at, job_id")).mappings():
                 self.history.write("attempt", **row)
-        worst = max(self.figures.recoveries, default=0.0)
+        if self.stalls.seconds:
+            self.figures.add("machine stood still s", self.stalls.seconds)
+        worst = max(self.figures.recoveries, default=0.0) - self.stalls.seconds
         if worst > self.bound + (0 if self.bound == PRODUCTION_BOUND else self.slack):
             self.violations.append(Violation("recovery", f"took {worst:.1f} s, promised are {self.bound:.0f} s"))
 
@@ -325,9 +346,3 @@ class Chaos:
         outcomes = conn.execute(text("SELECT outcome, count(*) AS n FROM attempts GROUP BY 1"))
         for row in outcomes:
             self.figures.add(f"attempts {row.outcome}", row.n)
-
-
-def spread(total: int, pieces: int) -> Iterable[int]:
-    """`total` in nearly equal parts."""
-    whole, rest = divmod(total, pieces)
-    return [whole + (n < rest) for n in range(pieces)]

@@ -3,12 +3,12 @@
 I1 every accepted job ends terminal. I2 exactly one image per job that succeeded, sha256 of row = object = key, and it
 is the picture of that job's seed. I3 no change by a stale attempt. I4 attempts stay within their limits, and a
 poisonous job is isolated with its cause. I5 no attempt runs past its lease and two sweeps. I6 counters of batches and
-projects equal recomputed sums. (What I6 says of webhooks belongs into `at_the_end`, beside the counters.)
+projects equal recomputed sums; what I6 says of webhooks is in `hooks`.
 """
 
 import hashlib
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -147,15 +147,18 @@ def at_the_end(conn: Connection, settings: Settings, *, accepted: int, poison: I
     return found
 
 
-def check_pictures(database: Database, store: Store, *, pictures: bool) -> list[Violation]:
-    """Every stored picture against its row. `pictures`: whether a stub rendered, so that its pixels are known."""
+def check_pictures(database: Database, store: Store, *, pictures: bool, secrets: Mapping[str, str]) -> list[Violation]:
+    """Every stored picture against its row. `pictures`: whether a stub rendered, so that its pixels are known.
+    `secrets`: what must not stand in one, by name."""
     with database.transaction() as conn:
         rows = conn.execute(_PICTURES).all()
     with ThreadPoolExecutor(8) as threads:
-        return [found for found in threads.map(lambda row: _wrong_picture(row, store, pictures), rows) if found]
+        return [
+            found for found in threads.map(lambda row: _wrong_picture(row, store, pictures, secrets), rows) if found
+        ]
 
 
-def _wrong_picture(row: Any, store: Store, pictures: bool) -> Violation | None:
+def _wrong_picture(row: Any, store: Store, pictures: bool, secrets: Mapping[str, str]) -> Violation | None:
     """What is wrong with one stored picture, or None."""
     try:
         data, thumbnail = store.get(row.key), store.get(row.thumbnail_key)
@@ -166,6 +169,9 @@ def _wrong_picture(row: Any, store: Store, pictures: bool) -> Violation | None:
             return Violation("I2", f"object {key} has another content than its key says")
     if hashlib.sha256(data).hexdigest() != row.sha256 or len(data) != row.bytes:
         return Violation("I2", f"object {row.key} has another content than its row says")
+    for name, word in secrets.items():
+        if word.encode() in data:
+            return Violation("secret", f"{name} stands in the picture {row.key}")
     if pictures:
         with Image.open(io.BytesIO(data)) as image:
             if not np.array_equal(np.asarray(image), picture(Recipe.parse(row.body))):

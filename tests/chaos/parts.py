@@ -1,5 +1,6 @@
 """The parts of the farm as main functions: what a forked process becomes. Importing this imports all of them."""
 
+import gc
 import os
 import signal
 import sys
@@ -10,8 +11,10 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import botocore.loaders
+
 import api.main
-from farm import logs
+from farm import courier, logs
 from farm.maintenance import Sweeper
 from farm.recipe import Recipe
 from farm.settings import Settings
@@ -21,6 +24,14 @@ from tests.chaos.history import History
 from tests.stub_worker import StubRenderer
 from workers import main as worker_main
 from workers.pictures import Pixels
+
+_loader = botocore.loaders.create_loader()
+_loader.load_service_model("s3", "service-2")
+# What every process of a run would read and sort out anew, a thousand times: the description of S3, and all that has
+# been imported, which no collection of garbage in a forked process has to look at again.
+botocore.loaders.create_loader = lambda *_: _loader
+gc.collect()
+gc.freeze()
 
 EATEN_BYTES = 32 * 1024 * 1024
 """What a step of a job that eats memory takes."""
@@ -82,6 +93,9 @@ def _sweeper() -> int:
     """As `farm sweeper` runs it."""
     settings = read_settings()
     logs.configure(settings)
+    if settings.lease < Settings.model_fields["lease"].default:
+        # With the other timers: how long a try at a webhook is waited for after its sweeper was killed.
+        courier.LEASE_MARGIN = settings.lease
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())

@@ -14,7 +14,9 @@ from pathlib import Path
 
 from tests.chaos.faults import Faults
 
-PRELOAD = ["tests.chaos.parts"]
+PRELOAD = ["tests.chaos.rows", "tests.chaos.parts"]
+"""The rows too: multiprocessing has every forked process read the run's own main module again, and what that imports
+would cost a second for each."""
 PR_SET_PDEATHSIG = 1
 
 

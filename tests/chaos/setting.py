@@ -25,6 +25,7 @@ SCALED: dict[str, Any] = {
     "retry_backoff_max": timedelta(seconds=1),
     "grace": timedelta(seconds=4),
     "affinity_bound": timedelta(seconds=2),
+    "webhook_timeout": timedelta(seconds=5),
 }
 """A crashed worker's jobs are claimable again within 4 s: a lease, a sweep, and a second for the machine."""
 SCALED_BOUND = 4.0

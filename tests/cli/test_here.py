@@ -143,6 +143,7 @@ def test_status_of_an_unreachable_farm_shows_what_is_known(run: Run, fake: FakeF
     result = run("status", "--json")
     assert orjson.loads(result.stdout) == {"services": [], "lanes": [], "workers": []}
     assert result.exit_code == Exit.NOT_FOUND, "the fake has no such route"
+    assert "empty" not in run("status").stdout, "not to be reached is not to have nothing"
 
 
 def test_down_where_nothing_runs(run: Run) -> None:

@@ -115,6 +115,30 @@ def test_an_id_may_be_a_batch_or_a_job(run: Run, fake: FakeFarm) -> None:
     assert result.exit_code == Exit.NOT_FOUND
 
 
+def test_failed_jobs_are_grouped_by_cause_and_retried_by_it(run: Run, fake: FakeFarm) -> None:
+    codes = ["out-of-memory", "quarantined", "out-of-memory"]
+    failed = [job_document(n, state="failed", error={"code": code, "message": f"{n}!"}) for n, code in enumerate(codes)]
+    fake.on("GET", f"{API}/jobs", page(*failed))
+    for job in failed:
+        fake.on("POST", f"{API}/jobs/{job['id']}/retry", Reply(body=job | {"state": "queued"}))
+    lines = [orjson.loads(line) for line in run("jobs", "--failed", "--json").stdout.splitlines()]
+    assert [(line["cause"], line["jobs"]) for line in lines] == [("out-of-memory", 2), ("quarantined", 1)]
+    assert lines[0]["latest"] == failed[0]["id"]
+    assert fake.asked[0].query["state"] == ["failed"]
+    assert "out-of-memory" in run("jobs", "--failed").stdout
+    assert run("retry", "--failed", "--cause", "out-of-memory").stdout == "2 jobs queued again\n"
+    retried = [one.path for one in fake.asked if one.method == "POST"]
+    assert retried == [f"{API}/jobs/{job['id']}/retry" for job in (failed[0], failed[2])]
+    assert run("retry", "--failed").stdout == "3 jobs queued again\n"
+    assert run("retry", "--failed", "--cause", "boredom").stdout == "No such job failed.\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["--failed", "x"], ["x", "--cause", "y"]])
+def test_retrying_wants_to_know_what(run: Run, fake: FakeFarm, arguments: list[str]) -> None:
+    assert run("retry", *arguments).exit_code == Exit.USAGE
+    assert fake.asked == []
+
+
 @pytest.mark.parametrize("verb", ["pause", "resume", "retry"])
 def test_verbs_of_batches(run: Run, fake: FakeFarm, verb: str) -> None:
     batch = batch_document()

@@ -66,6 +66,10 @@ def tensor(**changes: object) -> dict[str, object]:
         (file_with({"a": tensor(shape=[-2])}, b"\0" * 8), "a: sizes and offsets"),
         (file_with({"a": tensor(shape=[True, 2])}, b"\0" * 8), "a: sizes and offsets"),
         (file_with({"a": tensor(shape=[2**62, 4])}, b"\0" * 8), "a: 8 bytes do not hold"),
+        (file_with({"a": tensor(shape=[2**63])}, b"\0" * 8), "a: 8 bytes do not hold"),
+        (file_with({"a": tensor(shape=[2**63, 0])}, b"\0" * 8), "a: 8 bytes do not hold"),
+        (file_with({"a": tensor(shape=[1] * 65_536)}, b"\0" * 8), "a: 8 bytes do not hold"),
+        (struct.pack("<Q", 180_000) + b'{"a":' + b"[" * 179_995, "not JSON"),
         (file_with({"a": tensor()}, b"\0" * 4), "describes 8 bytes of data, the file holds 4"),
         (file_with({"a": tensor(), "b": tensor()}, b"\0" * 8), "overlap"),
         (file_with({"a": tensor(data_offsets=[4, 12])}, b"\0" * 12), "gaps"),
@@ -74,6 +78,25 @@ def tensor(**changes: object) -> dict[str, object]:
 def test_refusals(tmp_path: Path, body: bytes, reason: str) -> None:
     with pytest.raises(InvalidModel, match=rf"x\.safetensors: .*{reason}"):
         read_header(write(tmp_path, body))
+
+
+class Canary:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.mark,)
+
+
+def test_a_pickle_under_our_name_is_not_unpickled(tmp_path: Path) -> None:
+    mark = tmp_path / "it-ran"
+    with pytest.raises(InvalidModel, match="pickle or an archive"):
+        read_header(write(tmp_path, pickle.dumps(Canary(mark))))
+    assert not mark.exists()
+    pickle.loads(pickle.dumps(Canary(mark)))  # noqa: S301  # the canary can sing
+    assert mark.exists()
 
 
 @settings(max_examples=60, deadline=None)

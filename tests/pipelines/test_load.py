@@ -1,6 +1,7 @@
 """Which folders load, and which are refused before a weight is read."""
 
 import json
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -95,6 +96,30 @@ def test_pickles_are_never_read(folder: Path) -> None:
     (folder / "unet" / "diffusion_pytorch_model.bin").rename(weights)
     with pytest.raises(InvalidModel, match=r"diffusion_pytorch_model\.safetensors: this is a pickle"):
         load(folder, "a", F32, F32)
+
+
+class Canary:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.mark,)
+
+
+def test_nothing_that_lies_in_a_folder_is_run(folder: Path, tmp_path: Path) -> None:
+    mark = tmp_path / "it-ran"
+    for name in ("pipeline.py", "unet/unet_2d_condition.py", "modeling.py", "scheduler/my_scheduler.py"):
+        (folder / name).write_text(f"open({str(mark)!r}, 'w')\n")
+    for name in ("model.ckpt", "unet/diffusion_pytorch_model.bin", "unet/optimizer.pt", "vae/scaler.pkl"):
+        (folder / name).write_bytes(pickle.dumps(Canary(mark)))
+    assert load(folder, "a", F32, F32).family == "sd"
+    for change in ({"_class_name": ["pipeline", "MyPipeline"]}, {"unet": ["pipeline", "UNet2DConditionModel"]}):
+        edit(folder, lambda body, change=change: body.update(change))  # type: ignore[misc]
+        with pytest.raises(InvalidModel):
+            load(folder, "a", F32, F32)
+    assert not mark.exists()
 
 
 def test_weights_of_the_wrong_shape_are_refused(folder: Path) -> None:

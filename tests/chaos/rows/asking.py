@@ -8,7 +8,8 @@ from threading import Event, Thread
 from redis import Redis
 
 from farm import doorbell
-from tests.chaos.harness import Chaos, spread
+from tests.chaos.client import spread
+from tests.chaos.harness import Chaos
 
 EACH = 10
 """How often every doorbell is heard."""

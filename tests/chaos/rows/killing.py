@@ -9,24 +9,26 @@ import numpy as np
 import psutil
 from PIL import Image
 
+from tests.chaos.client import spread
 from tests.chaos.faults import BOUNDARIES, Faults
-from tests.chaos.harness import Chaos, spread
+from tests.chaos.harness import Chaos
 from tests.chaos.setting import Worker
 
 KILL_EVERY = 1.0
+OF_WORKERS = ("claim", "render", "upload", "commit")
+"""What workers do, of the boundaries; the rest are the API's and the sweeper's."""
 
 
 def kill_workers(chaos: Chaos, *, jobs: int, kills: int, workers: int = 4) -> None:
     """R1. Every second one of the workers, whichever, while work keeps coming in."""
     chaos.keep(workers)
-    due = time.monotonic()
     for some in spread(jobs, kills):
+        due = time.monotonic() + KILL_EVERY
         chaos.client.submit(some)
-        due += KILL_EVERY
         time.sleep(max(0.0, due - time.monotonic()))
         # Every other one while it holds jobs, or starting processes would take most of the kills.
-        holding = chaos.holding() if chaos.random.random() < 0.5 else []
-        chaos.kill(chaos.random.choice(holding or chaos.until(chaos.alive)))
+        busy = chaos.random.random() < 0.5
+        chaos.kill(chaos.until(lambda busy=busy: chaos.catch((chaos.holding() if busy else []) or chaos.alive())))  # type: ignore[misc]
     chaos.until_done(60 + jobs * 0.1)
 
 
@@ -60,12 +62,10 @@ def freeze_workers(chaos: Chaos, *, stops: int, workers: int) -> None:
                 chaos.worker(Faults(step_seconds=0.1, at=at, signal=signal.SIGSTOP))
                 traps += 1
                 frozen += 1
-            elif holding := [one for one in chaos.holding() if not one.process.faults.at]:
-                worker = chaos.random.choice(holding)
-                worker.frozen = True
-                worker.process.send(signal.SIGSTOP)
-                chaos.history.write("freeze", worker=worker.id)
-                thawing.append((time.monotonic() + 2 * lease, worker))
+            elif caught := chaos.catch([one for one in chaos.holding() if not one.process.faults.at]):
+                caught.frozen = True
+                chaos.history.write("freeze", worker=caught.id)
+                thawing.append((time.monotonic() + 2 * lease, caught))
                 frozen += 1
         time.sleep(0.05)
     chaos.until_done(60 + stops * 2)
@@ -78,7 +78,7 @@ def freeze_workers(chaos: Chaos, *, stops: int, workers: int) -> None:
 
 def crash_at_boundaries(chaos: Chaos, *, crashes: int, workers: int) -> None:
     """R5. At every boundary a process ends so many times, at a random passage."""
-    plan = [boundary for boundary in BOUNDARIES if not boundary.startswith("doorbell") for _ in range(crashes)]
+    plan = [boundary for boundary in BOUNDARIES if boundary.split("-")[0] in OF_WORKERS for _ in range(crashes)]
     chaos.random.shuffle(plan)
     running: list[Worker] = []
     while plan or running:
@@ -93,6 +93,7 @@ def crash_at_boundaries(chaos: Chaos, *, crashes: int, workers: int) -> None:
         time.sleep(0.05)
     chaos.keep(2)
     _crash_the_api(chaos, crashes)
+    _crash_the_sweeper(chaos, crashes)
     chaos.until_done(60 + crashes)
 
 
@@ -113,6 +114,19 @@ def _crash_the_api(chaos: Chaos, crashes: int) -> None:
             chaos.figures.add(f"crashes {boundary}")
             chaos.stop_part("api")
     chaos.start("api")
+
+
+def _crash_the_sweeper(chaos: Chaos, crashes: int) -> None:
+    """The sweeper ends around telling a webhook: before it says a word, and before it notes the answer."""
+    chaos.stop_part("sweeper")
+    for boundary in (boundary for boundary in BOUNDARIES if boundary.startswith("webhook")):
+        for _ in range(crashes):
+            doomed = chaos.start("sweeper", Faults(at=boundary))
+            chaos.client.submit(1)
+            chaos.until(lambda doomed=doomed: not doomed.alive)  # type: ignore[misc]
+            chaos.figures.add(f"crashes {boundary}")
+            chaos.stop_part("sweeper")
+    chaos.start("sweeper")
 
 
 def _batches(chaos: Chaos) -> int:
@@ -136,8 +150,7 @@ def kill_real_workers(chaos: Chaos, *, jobs: int, kills: int) -> None:
     chaos.until_done(120 + jobs * 3)
     chaos.client.submit(prompts, seeds_from=0, **size)
     for _ in range(kills):
-        victim = chaos.until(lambda: [one for one in chaos.holding() if one.process.said(ready)], 120)[0]
-        chaos.kill(victim)
+        chaos.kill(chaos.until(lambda: chaos.catch([one for one in chaos.holding() if one.process.said(ready)]), 120))
     chaos.until_done(120 + jobs * 3)
     pictures: dict[str, list[np.ndarray]] = {}
     for row in chaos.ask("SELECT r.body ->> 'seed' AS seed, i.key FROM images i JOIN recipes r ON r.job_id = i.job_id"):

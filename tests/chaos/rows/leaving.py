@@ -46,7 +46,7 @@ def render_poison(chaos: Chaos, *, good: int, each: int, workers: int = 4) -> No
 
 
 def _run_out_of_memory(chaos: Chaos, done: Event) -> None:
-    while not done.wait(0.02):
+    while not done.wait(0.1):
         for worker in chaos.alive():
             try:
                 eaten = psutil.Process(worker.process.pid).memory_info().rss > MOST_BYTES
@@ -83,17 +83,20 @@ def roll_workers(chaos: Chaos, *, waves: int, workers: int = 4) -> None:
     chaos.until_done(120)
     told = {worker.id: worker.told_at for worker in chaos.workers if worker.told_at}
     slowest = 0.0
+    # Nobody renews a lease on a machine that stands still.
+    excused = chaos.stalls.seconds > chaos.settings.lease.total_seconds() / 2
     for row in chaos.ask("""
         SELECT c.worker_id, a.outcome, extract(epoch FROM a.finished_at) AS at FROM attempts a
         JOIN claims c ON c.id = a.claim_id
     """):
-        if row.outcome == "crashed":
+        if row.outcome == "crashed" and not excused:
             chaos.fail(f"worker {row.worker_id} was told to leave and lost a job")
         slowest = max(slowest, float(row.at) - told.get(row.worker_id, float("inf")))
     chaos.figures.add("slowest give-back s", slowest)
-    if slowest > GIVEN_BACK_WITHIN + chaos.slack:
+    if slowest > GIVEN_BACK_WITHIN + chaos.slack + chaos.stalls.seconds:
         chaos.fail(f"a leaving worker held its jobs for {slowest:.1f} s")
-    if spent := chaos.ask("SELECT count(*) AS n FROM jobs WHERE failures > 0 OR crashes > 0 OR alone")[0].n:
+    spent = chaos.ask("SELECT count(*) AS n FROM jobs WHERE failures > 0 OR crashes > 0 OR alone")[0].n
+    if spent and not excused:
         chaos.fail(f"{spent} jobs had an attempt spent")
 
 
