@@ -160,6 +160,8 @@ class Bench:
                 first_step=0,
                 task="txt2img",
                 controls=None,
+                motion=None,
+                frames=None,
                 composite=False,
                 scheduler="lcm",
                 guidance_scale=1.0,

@@ -17,7 +17,7 @@ from farm.queries import models as rows
 from farm.recipe import AdapterUse, adapter_set_of, lane_of, normal, pipeline_key_of
 from farm.tasks import Task, Use, in_order
 from farm.tokens import TokenCounter
-from farm.views import AdapterView, CheckpointView, ControlNetView, VaeView
+from farm.views import AdapterView, CheckpointView, ControlNetView, MotionView, VaeView
 
 DEFAULT_CHECKPOINT = "crack-tiny"
 DEFAULT_ACCELERATION = "crack-tiny-lcm"
@@ -26,7 +26,7 @@ ASSETS = Path(__file__).parent / "assets" / "crack-tiny"
 CONTENT_TOKENS = 75
 """CLIP reads 77 tokens, its start and end marks among them."""
 ADAPTERS = ("acceleration", "style")
-EVERY = ("checkpoint", "vae", "controlnet", *ADAPTERS)
+EVERY = ("checkpoint", "vae", "controlnet", "motion", *ADAPTERS)
 ORIGIN = ("source", "revision", "file_sha256")
 """What a registered model knows of its origin, as far as pictures tell it on."""
 OWN, TINY = "own", "tiny"
@@ -76,6 +76,7 @@ class Catalogue:
     adapters: Mapping[str, AdapterView]
     vaes: Mapping[str, VaeView] = field(default_factory=dict)
     controlnets: Mapping[str, ControlNetView] = field(default_factory=dict)
+    motions: Mapping[str, MotionView] = field(default_factory=dict)
     tokens: Callable[[str, str], int | None] = field(default=lambda _checkpoint, _prompt: None)
 
     def too_long(self, checkpoint: str, prompt: str) -> bool:
@@ -107,7 +108,8 @@ class Catalogue:
         problems: list[Problem] = []
         uses = self._uses(adapters, base, problems)
         accelerated = acceleration == "lcm-lora"
-        accelerator = self._accelerator(base, problems) if accelerated else None
+        motion = self._motion(task, base, problems)
+        accelerator = self._accelerator(base, motion, problems) if accelerated else None
         controls = self._controls(task.controls, base, problems)
         decoder = self._vae(vae or profile.get("vae") or OWN, base, problems)
         if accelerated and scheduler not in (None, "lcm"):
@@ -132,8 +134,8 @@ class Catalogue:
             return problems
         if controls:
             body["controls"] = controls
-        if decoder is not None:
-            body["vae"] = decoder.hash
+        further = {name: one for name, one in (("motion", motion), ("vae", decoder)) if one is not None}
+        body |= {name: one.hash for name, one in further.items()}
         if accelerator is not None:
             body["acceleration"] = AdapterUse(hash=accelerator.hash, weight=1.0).model_dump()
         warnings = []
@@ -147,10 +149,9 @@ class Catalogue:
             "checkpoint": base.name,
             "adapters": [{"name": name, "weight": normal(weight)} for name, weight in adapters],
             "acceleration": acceleration,
-            "models": _origins(base, decoder, accelerator, *named, *nets),
+            **{name: one.name for name, one in further.items()},
+            "models": _origins(base, decoder, accelerator, motion, *named, *nets),
         }
-        if decoder is not None:
-            names["vae"] = decoder.name
         if nets:
             names["controlnets"] = {net.hash: net.name for net in nets}
         return Resolved(
@@ -199,6 +200,22 @@ class Catalogue:
                 uses.append({"hash": net.hash, **shares})
         return uses
 
+    def _motion(self, task: Task, base: CheckpointView, problems: list[Problem]) -> MotionView | None:
+        if task.motion is None:
+            return None
+        found = self.motions.get(task.motion)
+        if found is None:
+            problems.append({"field": "motion", "problem": _unknown("motion adapter", task.motion, self.motions)})
+        elif found.family != base.family:
+            problem = f"{found.name} is made for {found.family}, but {base.name} is {base.family}"
+            problems.append({"field": "motion", "problem": problem})
+        elif task.frames is not None and task.frames > found.max_frames:
+            problem = f"{found.name} knows at most {found.max_frames} frames, not {task.frames}"
+            problems.append({"field": "frames", "problem": problem})
+        else:
+            return found
+        return None
+
     def _vae(self, name: str, base: CheckpointView, problems: list[Problem]) -> VaeView | None:
         latents = latents_of(base.family)
         if name == OWN:
@@ -217,13 +234,20 @@ class Catalogue:
         problems.append({"field": "vae", "problem": problem})
         return None
 
-    def _accelerator(self, base: CheckpointView, problems: list[Problem]) -> AdapterView | None:
+    def _accelerator(
+        self, base: CheckpointView, motion: MotionView | None, problems: list[Problem]
+    ) -> AdapterView | None:
         found = [a for a in self.adapters.values() if a.kind == "acceleration" and a.family == base.family]
         if not found:
             problem = f"there is no LCM-LoRA for family {base.family}: add one with farm models add, or send none"
             problems.append({"field": "acceleration", "problem": problem})
             return None
         named = base.profile.get("acceleration")
+        if motion is not None and motion.acceleration is not None:
+            named = motion.acceleration
+            if all(a.name != named for a in found):
+                problem = f"{motion.name} is drawn with {named}, which is no LCM-LoRA for family {base.family} here: "
+                problems.append({"field": "acceleration", "problem": problem + "add it with farm models add"})
         return next((a for a in found if a.name == named), min(found, key=lambda a: a.created_at))
 
 
@@ -240,7 +264,7 @@ def _size(base: CheckpointView, width: int | None, height: int | None, problems:
 
 def load(conn: Connection, store: ObjectStore | None = None) -> Catalogue:
     """The catalogue as of now. With a store, prompts can be counted in tokens."""
-    checkpoints, adapters, vaes, controlnets = {}, {}, {}, {}
+    checkpoints, adapters, vaes, controlnets, motions = {}, {}, {}, {}, {}
     for row in rows.available(conn):
         if row["kind"] == "checkpoint":
             checkpoints[row["name"]] = CheckpointView(**row)
@@ -248,15 +272,17 @@ def load(conn: Connection, store: ObjectStore | None = None) -> Catalogue:
             vaes[row["name"]] = _vae_view(row)
         elif row["kind"] == "controlnet":
             controlnets[row["name"]] = ControlNetView(**row)
+        elif row["kind"] == "motion":
+            motions[row["name"]] = _motion_view(row)
         else:
             adapters[row["name"]] = AdapterView(**row)
     if store is None:
-        return Catalogue(checkpoints, adapters, vaes, controlnets)
+        return Catalogue(checkpoints, adapters, vaes, controlnets, motions)
     tokenizers = rows.tokenizer_files(conn, [view.hash for view in checkpoints.values()])
     keys: dict[str, dict[str, str]] = {}
     for row in tokenizers:
         keys.setdefault(row["hash"], {})[row["path"]] = row["key"]
-    return Catalogue(checkpoints, adapters, vaes, controlnets, TokenCounter(keys, store.get).count)
+    return Catalogue(checkpoints, adapters, vaes, controlnets, motions, TokenCounter(keys, store.get).count)
 
 
 class Kept:
@@ -294,6 +320,11 @@ def list_vaes(conn: Connection) -> list[VaeView]:
 def list_controlnets(conn: Connection) -> list[ControlNetView]:
     """Every registered ControlNet, by name."""
     return [ControlNetView(**row) for row in rows.every(conn, ["controlnet"])]
+
+
+def list_motions(conn: Connection) -> list[MotionView]:
+    """Every registered motion adapter, by name."""
+    return [_motion_view(row) for row in rows.every(conn, ["motion"])]
 
 
 def files(conn: Connection, content_hash: str) -> list[ModelFile]:
@@ -366,7 +397,14 @@ def _vae_view(row: RowMapping) -> VaeView:
     return VaeView(**row, tiny=bool(row["profile"].get("tiny")))
 
 
-def _origins(*models: CheckpointView | AdapterView | VaeView | ControlNetView | None) -> list[dict[str, Any]]:
+def _motion_view(row: RowMapping) -> MotionView:
+    profile = row["profile"]
+    return MotionView(**row, max_frames=profile["max_frames"], acceleration=profile.get("acceleration"))
+
+
+def _origins(
+    *models: CheckpointView | AdapterView | VaeView | ControlNetView | MotionView | None,
+) -> list[dict[str, Any]]:
     """What a picture's metadata says of the registered models behind it: name, sha256, and where they came from.
 
     The model that comes with the package came from nowhere else; its sha256 stands in the recipe like everybody's.

@@ -46,7 +46,7 @@ class Model(Base):
     source: Mapped[dict[str, Any]] = mapped_column(server_default=EMPTY_OBJECT)
     created_at: Mapped[datetime] = mapped_column(server_default=NOW)
     __table_args__ = (
-        CheckConstraint("kind IN ('checkpoint', 'vae', 'controlnet', 'acceleration', 'style')", name="kind"),
+        CheckConstraint("kind IN ('checkpoint', 'vae', 'controlnet', 'motion', 'acceleration', 'style')", name="kind"),
         CheckConstraint("state IN ('pending', 'available', 'refused')", name="state"),
     )
 
@@ -92,7 +92,7 @@ class Registration(Base):
     created_at: Mapped[datetime] = mapped_column(server_default=NOW)
     finished_at: Mapped[datetime | None]
     __table_args__ = (
-        CheckConstraint("kind IN ('checkpoint', 'vae', 'controlnet', 'acceleration', 'style')", name="kind"),
+        CheckConstraint("kind IN ('checkpoint', 'vae', 'controlnet', 'motion', 'acceleration', 'style')", name="kind"),
         CheckConstraint(
             "state IN ('waiting', 'fetching', 'checking', 'storing', 'testing', 'available', 'refused')", name="state"
         ),

@@ -285,7 +285,7 @@ class _Writer:
             )
             prepared.upload_rows.writelines(b"%s\t%s\t%s\n" % (str(job_id).encode(), PROJECT, one) for one in named)
             prepared.jobs += 1
-        prepared.pixel_steps += spec.count * body["width"] * body["height"] * body["steps"]
+        prepared.pixel_steps += spec.count * body["width"] * body["height"] * body["steps"] * body.get("frames", 1)
         for warning in warnings:
             prepared.warnings[warning] = prepared.warnings.get(warning, 0) + spec.count
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from farm.errors import InvalidRequest, RenderFailed
 from workers.pipelines.controls import Controls
 from workers.pipelines.guides import Guide, composited, encode, has_distribution, latent_mask
+from workers.pipelines.motion import SCHEDULE, as_animations, as_pictures, unet_for
 from workers.pipelines.prompts import Text, is_guided
 from workers.pipelines.sampling import Kept, Noise, Sampler, denoise, sampler
 from workers.pipelines.slots import Chosen
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from workers.pipelines.load import Pipeline
 
 Picture = NDArray[np.uint8]
-"""Height x width x 3, 0..255."""
+"""Height x width x 3, 0..255; an animation has its frames in front."""
 
 OnStep = Callable[[int, int], Collection[int]]
 """Called after each denoising step with (steps done, steps in all); answers the indices to drop."""
@@ -53,8 +54,10 @@ def render(
     factor = vae_factor(vae)
     if first.width % factor or first.height % factor:
         raise InvalidRequest(f"{first.width}x{first.height}: width and height must be multiples of {factor}")
-    sampling = sampler(first.scheduler, pipeline.scheduler_config, first.steps, device.place, first.first_step)
-    shape = (int(pipeline.unet.config.in_channels), first.height // factor, first.width // factor)
+    config = pipeline.scheduler_config | (SCHEDULE if first.motion else {})
+    sampling = sampler(first.scheduler, config, first.steps, device.place, first.first_step)
+    length = (first.frames,) if first.frames else ()
+    shape = (int(pipeline.unet.config.in_channels), *length, first.height // factor, first.width // factor)
     steps = len(sampling.timesteps)
     dropped: set[int] = set()
 
@@ -72,7 +75,8 @@ def render(
         return pictures
     if len(kept) < len(recipes):
         latents = latents[torch.tensor(kept, device=latents.device)]
-    for index, picture in zip(kept, decode(vae, latents, device), strict=True):
+    made = decode(vae, as_pictures(latents) if first.frames else latents, device)
+    for index, picture in zip(kept, as_animations(made, first.frames) if first.frames else made, strict=True):
         pictures[index] = composited(picture, guides[index]) if first.composite else picture
     return pictures
 
@@ -108,7 +112,7 @@ def _predictor(
     device: Device,
 ) -> Callable[[Tensor, Tensor, int], Tensor]:
     """The UNet with everything but latents and timestep filled in; guidance only where it is above 1."""
-    unet, slots = pipeline.unet, pipeline.slots
+    unet, slots, frames = unet_for(pipeline, first), pipeline.slots, first.frames or 1
     guided = is_guided(pipeline, first)
     rows = [one.asked for one in told]
     if guided:
@@ -132,11 +136,16 @@ def _predictor(
 
     def predict(latents: Tensor, time: Tensor, step: int) -> Tensor:
         seen = torch.cat([latents, latents]) if guided else latents
-        seen = seen.to(dtype).contiguous(memory_format=torch.channels_last)
+        seen = seen.to(dtype)
+        if seen.ndim == len("nchw"):
+            seen = seen.contiguous(memory_format=torch.channels_last)
 
         def rows_of(part: slice) -> Tensor:
             some = {name: _rows(value, part) for name, value in options.items()}
-            some["encoder_hidden_states"] = tokens[part]
+            # All frames of an animation are told the same.
+            some["encoder_hidden_states"] = (
+                tokens[part].repeat_interleave(frames, dim=0) if frames > 1 else tokens[part]
+            )
             heard = {name: value for name, value in some.items() if name != "timestep_cond"}
             some |= controls.residuals(seen[part], time, step, part, heard)
             if chosen is not None:
