@@ -24,7 +24,7 @@ from farm import upload_models  # noqa: F401  # its tables belong to the metadat
 from farm.models_tenants import ApiKey, Project, Webhook, WebhookDelivery
 from farm.schema import BY_PRIORITY, EMPTY_ARRAY, EMPTY_OBJECT, NOW, QUEUED, READY, RUNNING, Base, Xid8
 
-SCHEMA_VERSION = "0009"
+SCHEMA_VERSION = "0010"
 """The Alembic revision this code was written for; a process refuses any other."""
 
 TENANTS = (Project, ApiKey, Webhook, WebhookDelivery)

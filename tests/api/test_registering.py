@@ -19,6 +19,7 @@ SOURCE = f"hf:owner/name@{COMMIT}"
     [
         ("/checkpoints", {"variant": "fp16", "profile": {"steps": 6, "vae": "tiny"}}, "checkpoint"),
         ("/vaes", {"family": "sdxl"}, "vae"),
+        ("/motions", {"profile": {"acceleration": "animatelcm-lora"}}, "motion"),
         ("/adapters", {}, "style"),
         ("/adapters", {"kind": "acceleration", "family": "sdxl"}, "acceleration"),
         ("/adapters", {"source": f"hf:latent-consistency/lcm-lora-sdxl@{COMMIT}"}, "acceleration"),
