@@ -1,12 +1,28 @@
-"""The benchmark of the engine runs, at toy scale: every rung, the swaps, the slots. Speed is not judged here.
-
-That it needs nothing of the farm's own surroundings is an import contract.
-"""
+"""The benchmark of the engine runs, at toy scale: every rung, the swaps, the slots. Speed is not judged here."""
 
 import json
 from pathlib import Path
 
+import grimp
+
 from benchmarks.engine import main
+
+ABSENT = {"structlog", "orjson", "pydantic", "sqlalchemy", "farm.settings", "farm.recipe"}
+"""What the machine may lack that the benchmark runs on: it has torch, diffusers, transformers and peft."""
+
+
+def test_it_needs_nothing_of_the_farms_surroundings() -> None:
+    graph = grimp.build_graph(
+        "benchmarks",
+        "workers",
+        "farm",
+        include_external_packages=True,
+        exclude_type_checking_imports=True,
+        cache_dir=None,
+    )
+    needed = graph.find_upstream_modules("benchmarks.engine")
+    assert "workers.pipelines.slots" in needed
+    assert not needed & ABSENT
 
 
 def test_the_ladder_at_toy_scale(tmp_path: Path) -> None:
