@@ -49,6 +49,10 @@ CHECKPOINT: dict[str, Any] = {
 }
 VAE: dict[str, Any] = {"name": "sdxl-vae-fp16-fix", "source": f"hf:madebyollin/sdxl-vae-fp16-fix@{COMMIT}"}
 CONTROLNET: dict[str, Any] = {"name": "edges", "source": f"hf:lllyasviel/control_v11p_sd15_canny@{COMMIT}"}
+MOTION: dict[str, Any] = {
+    "name": "animatelcm", "source": f"hf:wangfuyun/AnimateLCM@{COMMIT}",
+    "profile": {"acceleration": "animatelcm-lora"},
+}  # fmt: skip
 ACCELERATION: dict[str, Any] = {"name": "lcm-lora-sdxl", "source": f"hf:latent-consistency/lcm-lora-sdxl@{COMMIT}"}
 STYLE: dict[str, Any] = {"name": "rust", "source": "s3://loras/rust.safetensors", "family": "sdxl"}
 

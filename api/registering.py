@@ -1,10 +1,10 @@
-"""Accepting a model to register: the same for checkpoints, VAEs, ControlNets and adapters."""
+"""Accepting a model to register: the same for checkpoints, VAEs, ControlNets, motion adapters and LoRAs."""
 
 from fastapi import Response
 from sqlalchemy import Connection
 
 from api.middleware import API
-from api.schemas import AdapterBody, CheckpointBody, ControlNetBody, VaeBody
+from api.schemas import AdapterBody, CheckpointBody, ControlNetBody, MotionBody, VaeBody
 from farm import registrations
 from farm.modelfiles import Kind
 from farm.settings import Settings
@@ -17,7 +17,7 @@ def accepted(
     conn: Connection,
     response: Response,
     settings: Settings,
-    wanted: CheckpointBody | VaeBody | ControlNetBody | AdapterBody,
+    wanted: CheckpointBody | VaeBody | ControlNetBody | MotionBody | AdapterBody,
     kind: Kind | None,
 ) -> RegistrationView:
     """Ask for a model of a kind; None for an adapter that does not say which.

@@ -92,6 +92,20 @@ class ControlNetBody(ModelBody):
     variant: Annotated[str, Field(pattern=r"^\w{1,30}$")] | None = None
 
 
+class MotionProfile(Body):
+    """What animations are rendered with unless a job says otherwise: the LCM-LoRA of this name, where a motion adapter
+    has one of its own."""
+
+    acceleration: Annotated[Text, Field(min_length=1)] | None = None
+
+
+class MotionBody(ModelBody):
+    """A motion adapter (AnimateDiff) to register."""
+
+    variant: Annotated[str, Field(pattern=r"^\w{1,30}$")] | None = None
+    profile: MotionProfile = MotionProfile()
+
+
 class AdapterBody(ModelBody):
     """A LoRA to register. Without `kind` it is a style, unless the farm knows the repository for an acceleration."""
 

@@ -15,8 +15,8 @@ from starlette.responses import Response
 
 from api.deps import Farm
 from farm import jobs
-from farm.catalogue import Catalogue
 from farm.queries.claiming import database_now
+from farm.resolving import Catalogue
 from farm.submission import Prepared, prepare
 from farm.uploads import Known, Size, sizes
 from farm.views import BatchView, JobView

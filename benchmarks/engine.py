@@ -164,6 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--device", default="cuda:0" if cuda else "cpu")
     parser.add_argument("--dtype", default="float16" if cuda else "float32")
     parser.add_argument("--backend", default="inductor", help="torch.compile's; eager only shows that it can be traced")
+    parser.add_argument("--processor-time", action="store_true", help="a CPU that others use: what is paid, not waited")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--no-limit", action="store_true", help="leave the share of the FLOP limit out")
     parser.add_argument("--out", type=Path, help="write everything as JSON")

@@ -21,11 +21,11 @@ from typing import Any
 from sqlalchemy import create_engine, text
 
 from farm import jobs, keys, submission
-from farm.catalogue import Catalogue
 from farm.db import Database, migrate
 from farm.ids import new_id
 from farm.jobs import Result, StoredImage, Warm
 from farm.queries import claiming
+from farm.resolving import Catalogue
 from farm.settings import Settings
 from farm.stack import embedded
 from farm.states import Outcome

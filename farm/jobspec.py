@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from farm.fields import MAX_FIELDS, Labels, Moment, Name, NegativePrompt, Prompt, UploadHash, at_most
-from farm.recipe import MAX_SEED
+from farm.recipe import MAX_FRAMES, MAX_SEED
 
 MAX_COUNT = 10_000
 MAX_STEPS = 100
@@ -54,7 +54,8 @@ class JobSpec(BaseModel):
     """One job as a person asks for it. What is absent comes from the batch's defaults, then the profile.
 
     Pictures are named by the hashes of uploads. `strength` says how much of `image` is drawn anew; `mask` where, white
-    for anew; `composite` puts the rest back as it was, pixel by pixel.
+    for anew; `composite` puts the rest back as it was, pixel by pixel. With `motion`, a motion adapter by name, the
+    job is one animation of `frames` frames (16 if absent) at `fps` frames a second (8 if absent).
     """
 
     model_config = ConfigDict(
@@ -83,6 +84,9 @@ class JobSpec(BaseModel):
     controls: Annotated[
         list[Annotated[ControlSpec, at_most(MAX_FIELDS)]], at_most(MAX_CONTROLS), Field(max_length=MAX_CONTROLS)
     ] = []
+    motion: Name | None = None
+    frames: Annotated[int, Field(ge=2, le=MAX_FRAMES)] | None = None
+    fps: Annotated[int, Field(ge=1, le=60)] | None = None
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
     count: Annotated[int, Field(ge=1, le=MAX_COUNT)] = 1
     priority: Annotated[int, Field(ge=-100, le=100)] = 0

@@ -18,7 +18,7 @@ from farm.errors import InvalidModel
 from farm.families import PIPELINES, VAE_SCALES, Profile, family_of, profile_of
 from farm.safefile import Header, read_header
 
-Kind = Literal["checkpoint", "vae", "controlnet", "acceleration", "style"]
+Kind = Literal["checkpoint", "vae", "controlnet", "motion", "acceleration", "style"]
 
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 """The folders of a pipeline that rendering needs; a safety checker is left behind."""
@@ -26,6 +26,7 @@ ADAPTER_PARTS = ("unet", "text_encoder", "text_encoder_one", "text_encoder_2", "
 """Folders in which PEFT, and DiffEngine through it, put the parts of an adapter."""
 VAE_CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 CONTROLNET_CLASS = "ControlNetModel"
+MOTION_CLASS = "MotionAdapter"
 
 SMALL_SUFFIXES = (".json", ".txt")
 SMALL_BYTES = 16 * 1024 * 1024
@@ -82,9 +83,9 @@ def choose(listing: Mapping[str, int], kind: Kind, variant: str | None = None) -
     """
     if kind == "checkpoint":
         chosen = _checkpoint_files(listing, variant)
-    elif kind in {"vae", "controlnet"}:
+    elif kind in {"vae", "controlnet", "motion"}:
         if "config.json" not in listing:
-            noun = "VAE" if kind == "vae" else "ControlNet"
+            noun = {"vae": "VAE", "controlnet": "ControlNet"}.get(kind, "motion adapter")
             raise InvalidModel(f"config.json: this file is missing; a {noun}'s diffusers folder has it")
         chosen = {"config.json": "config.json", **_weights(listing, "", variant)}
     else:
@@ -106,9 +107,9 @@ def list_folder(folder: Path) -> dict[str, int]:
     }
 
 
-def kind_of(path: Path) -> Literal["checkpoint", "original", "vae", "controlnet", "adapter"]:
-    """What lies here: a diffusers folder, a checkpoint in the original one-file layout, a VAE, a ControlNet's diffusers
-    folder, or an adapter.
+def kind_of(path: Path) -> Literal["checkpoint", "original", "vae", "controlnet", "motion", "adapter"]:
+    """What lies here: a diffusers folder, a checkpoint in the original one-file layout, a VAE, a ControlNet's or a
+    motion adapter's diffusers folder, or an adapter.
 
     Raises InvalidModel when it is none of these.
     """
@@ -121,6 +122,8 @@ def kind_of(path: Path) -> Literal["checkpoint", "original", "vae", "controlnet"
                 return "vae"
             if name == CONTROLNET_CLASS:
                 return "controlnet"
+            if name == MOTION_CLASS:
+                return "motion"
         return "adapter"
     if path.suffix in PICKLES:
         raise InvalidModel(f"{path.name}: this is a pickle; only safetensors files are accepted")
@@ -199,6 +202,21 @@ def read_controlnet(folder: Path, *, variant: str | None = None) -> FoundModel:
     if name != CONTROLNET_CLASS:
         raise InvalidModel(f"config.json: _class_name is {name}; {CONTROLNET_CLASS} is needed")
     return _found(folder, choose(list_folder(folder), "controlnet", variant), "", {})
+
+
+def read_motion(folder: Path, *, variant: str | None = None, acceleration: str | None = None) -> FoundModel:
+    """A motion adapter's diffusers folder; its family is found with torch. `acceleration` is the name of the LCM-LoRA
+    that goes with it. Raises InvalidModel with file and reason."""
+    config = read_json(folder / "config.json")
+    if config.get("_class_name") != MOTION_CLASS:
+        raise InvalidModel(f"config.json: _class_name is {config.get('_class_name')}; {MOTION_CLASS} is needed")
+    if config.get("conv_in_channels"):
+        raise InvalidModel("config.json: conv_in_channels is set: made to animate a given picture, which is not done")
+    length = config.get("motion_max_seq_length", 32)
+    if not isinstance(length, int) or not 2 <= length <= 1024:
+        raise InvalidModel(f"config.json: motion_max_seq_length is {length!r}; a number of frames from 2 is needed")
+    profile: dict[str, Any] = {"max_frames": length, **({"acceleration": acceleration} if acceleration else {})}
+    return _found(folder, choose(list_folder(folder), "motion", variant), "", profile)
 
 
 def read_adapter(path: Path) -> FoundModel:

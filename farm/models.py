@@ -24,7 +24,7 @@ from farm import upload_models  # noqa: F401  # its tables belong to the metadat
 from farm.models_tenants import ApiKey, Project, Webhook, WebhookDelivery
 from farm.schema import BY_PRIORITY, EMPTY_ARRAY, EMPTY_OBJECT, NOW, QUEUED, READY, RUNNING, Base, Xid8
 
-SCHEMA_VERSION = "0009"
+SCHEMA_VERSION = "0010"
 """The Alembic revision this code was written for; a process refuses any other."""
 
 TENANTS = (Project, ApiKey, Webhook, WebhookDelivery)
@@ -46,7 +46,7 @@ class Model(Base):
     source: Mapped[dict[str, Any]] = mapped_column(server_default=EMPTY_OBJECT)
     created_at: Mapped[datetime] = mapped_column(server_default=NOW)
     __table_args__ = (
-        CheckConstraint("kind IN ('checkpoint', 'vae', 'controlnet', 'acceleration', 'style')", name="kind"),
+        CheckConstraint("kind IN ('checkpoint', 'vae', 'controlnet', 'motion', 'acceleration', 'style')", name="kind"),
         CheckConstraint("state IN ('pending', 'available', 'refused')", name="state"),
     )
 
@@ -92,7 +92,7 @@ class Registration(Base):
     created_at: Mapped[datetime] = mapped_column(server_default=NOW)
     finished_at: Mapped[datetime | None]
     __table_args__ = (
-        CheckConstraint("kind IN ('checkpoint', 'vae', 'controlnet', 'acceleration', 'style')", name="kind"),
+        CheckConstraint("kind IN ('checkpoint', 'vae', 'controlnet', 'motion', 'acceleration', 'style')", name="kind"),
         CheckConstraint(
             "state IN ('waiting', 'fetching', 'checking', 'storing', 'testing', 'available', 'refused')", name="state"
         ),

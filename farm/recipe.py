@@ -13,11 +13,14 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 MAX_SEED = 2**53 - 1
 """Seeds are 0..2^53-1: every one of them survives JSON readers that keep numbers as doubles."""
 
-NOT_IN_LANE = ("prompt", "negative_prompt", "seed", "adapters", "image", "mask", "strength", "controls")
+MAX_FRAMES = 64
+"""Frames of one animation; most motion adapters know no more than 32."""
+
+NOT_IN_LANE = ("prompt", "negative_prompt", "seed", "adapters", "image", "mask", "strength", "controls", "fps")
 """What jobs of one lane may differ in. Everything else a recipe holds, now or later, tells lanes apart. Of a strength
 the step at which it begins does count, and of controls everything but their images."""
 
-IN_PIPELINE_KEY = ("checkpoint", "vae", "acceleration", "adapters")
+IN_PIPELINE_KEY = ("checkpoint", "vae", "motion", "acceleration", "adapters")
 """What makes two jobs share a loaded pipeline."""
 
 
@@ -57,7 +60,8 @@ class Recipe(BaseModel):
     """Everything that fixes the pixels. Sizes in pixels; `checkpoint` and `vae` are content hashes (sha256, hex).
 
     `image` and `mask` are hashes of uploads. `strength` (0..1) is how much of the image is drawn anew, `composite`
-    whether what the mask leaves alone comes back pixel by pixel.
+    whether what the mask leaves alone comes back pixel by pixel. With `motion`, a motion adapter (content hash), it is
+    an animation of so many `frames`, shown at `fps` frames a second.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -81,6 +85,9 @@ class Recipe(BaseModel):
     strength: Annotated[float, Field(gt=0, le=1)] | None = None
     composite: bool | None = None
     controls: tuple[ControlUse, ...] | None = None
+    motion: str | None = None
+    frames: Annotated[int, Field(ge=2, le=MAX_FRAMES)] | None = None
+    fps: Annotated[int, Field(ge=1, le=60)] | None = None
 
     @field_validator("guidance_scale")
     @classmethod
@@ -105,6 +112,11 @@ class Recipe(BaseModel):
         for name in ("image", "mask", "strength"):
             if (getattr(self, name) is None) == (name in wanted):
                 raise ValueError(f"{self.task} {'needs' if name in wanted else 'has no'} {name}")
+        for name in ("frames", "fps"):
+            if (getattr(self, name) is None) != (self.motion is None):
+                raise ValueError(f"motion and {name} go together")
+        if self.motion is not None and (self.task != "txt2img" or self.controls):
+            raise ValueError("motion goes with txt2img alone")
         return self
 
     @property

@@ -21,6 +21,7 @@ from farm.ids import new_id
 from farm.modelfiles import FoundModel, Kind
 from farm.queries import models as model_rows
 from farm.queries import registrations as rows
+from farm.resolving import OWN, TINY
 from farm.settings import Settings
 from farm.sources import parse
 from farm.views import RegistrationView
@@ -32,7 +33,7 @@ MOST_CRASHES = 2
 PAUSES = (5.0, 20.0, 60.0, 180.0)
 """Seconds before the next try, by failures so far; the last one repeats."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-RESERVED = (catalogue.OWN, catalogue.TINY)
+RESERVED = (OWN, TINY)
 
 
 Row = RowMapping | Mapping[str, Any]

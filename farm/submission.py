@@ -19,12 +19,12 @@ import orjson
 from pydantic import ValidationError
 
 from farm import jsontext, tasks
-from farm.catalogue import Catalogue, Resolved
 from farm.errors import InvalidRequest, Problem, TooLarge
 from farm.fields import problems_of, refuse_flood
 from farm.ids import new_id
 from farm.jobspec import JobSpec
 from farm.recipe import MAX_SEED, canonical_bytes
+from farm.resolving import Catalogue, Resolved
 from farm.settings import Settings
 from farm.uploads import Known, Size
 from farm.views import DryRun
@@ -285,7 +285,7 @@ class _Writer:
             )
             prepared.upload_rows.writelines(b"%s\t%s\t%s\n" % (str(job_id).encode(), PROJECT, one) for one in named)
             prepared.jobs += 1
-        prepared.pixel_steps += spec.count * body["width"] * body["height"] * body["steps"]
+        prepared.pixel_steps += spec.count * body["width"] * body["height"] * body["steps"] * body.get("frames", 1)
         for warning in warnings:
             prepared.warnings[warning] = prepared.warnings.get(warning, 0) + spec.count
 

@@ -1,7 +1,7 @@
 """What a job draws from besides its prompt: a picture to start from, a mask, control images. Pure.
 
 Which task it is follows from what is given: `img2img` with an image, `inpaint` with an image and a mask, `txt2img`
-else. Control images may go with each of them.
+else. Control images may go with each of them. With a motion adapter, `txt2img` draws frames instead of one picture.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,6 +15,8 @@ Kind = Literal["txt2img", "img2img", "inpaint"]
 
 STRENGTH = {"img2img": 0.8, "inpaint": 1.0}
 """How much of a picture is drawn anew unless a job says so."""
+FRAMES, FPS = 16, 8
+"""How long an animation is unless a job says so: what the first motion adapters were trained on, two seconds."""
 
 
 class Control(Protocol):
@@ -45,6 +47,12 @@ class Asked(Protocol):
     def composite(self) -> bool | None: ...
     @property
     def controls(self) -> Sequence[Control]: ...
+    @property
+    def motion(self) -> str | None: ...
+    @property
+    def frames(self) -> int | None: ...
+    @property
+    def fps(self) -> int | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +73,10 @@ class Task:
     strength: float | None = None
     composite: bool | None = None
     controls: tuple[Use, ...] = ()
+    motion: str | None = None
+    """A motion adapter by name."""
+    frames: int | None = None
+    fps: int | None = None
 
     @classmethod
     def of(cls, asked: Asked) -> "Task":
@@ -74,7 +86,9 @@ class Task:
             strength = STRENGTH[kind]
         composite = None if kind != "inpaint" else asked.composite is not False
         uses = tuple(Use(one.name, one.weight, one.start, one.end) for one in asked.controls)
-        return cls(kind, strength, composite, uses)
+        if asked.motion is None:
+            return cls(kind, strength, composite, uses)
+        return cls(kind, strength, composite, uses, asked.motion, asked.frames or FRAMES, asked.fps or FPS)
 
     def body(self, steps: int, problems: list[Problem]) -> dict[str, Any]:
         """The recipe's fields, without the pictures. Adds a problem for a strength that leaves no step to do."""
@@ -86,6 +100,8 @@ class Task:
                 problems.append({"field": "strength", "problem": problem})
         if self.composite is not None:
             body["composite"] = self.composite
+        if self.motion is not None:
+            body |= {"frames": self.frames, "fps": self.fps}
         return body
 
 
@@ -97,6 +113,13 @@ def problems_of(asked: Asked) -> Iterator[Problem]:
             yield {"field": name, "problem": "needs an image to start from"}
     if asked.mask is None and asked.composite is not None:
         yield {"field": "composite", "problem": "needs a mask"}
+    if asked.motion is None:
+        lengths = {"frames": asked.frames, "fps": asked.fps}
+        for name in [name for name, value in lengths.items() if value is not None]:
+            yield {"field": name, "problem": "needs a motion adapter: name one as motion"}
+    else:
+        for name in [name for name in ("image", "mask", "controls") if getattr(asked, name)]:
+            yield {"field": name, "problem": "does not go with motion: an animation is drawn from its prompt alone"}
     for index, control in enumerate(asked.controls):
         if control.start >= control.end:
             problem = f"must lie below end: it would act from {control.start:g} to {control.end:g}"

@@ -93,6 +93,9 @@ class JobView(View):
     mask: str | None = None
     composite: bool | None = None
     controls: list[ControlChoice] = []
+    motion: str | None = None
+    frames: int | None = None
+    fps: int | None = None
     seed: int
     priority: int
     labels: dict[str, str] = {}
@@ -104,6 +107,11 @@ class JobView(View):
     finished_at: datetime | None = None
     image: ImageView | None = None
     replay: ReplayView | None = None
+
+    @property
+    def suffix(self) -> str:
+        """How a file of its picture is called at the end: an animation is WebP, every other picture PNG."""
+        return "webp" if self.frames else "png"
 
 
 class Counts(View):
@@ -221,6 +229,21 @@ class ControlNetView(View):
     created_at: datetime
 
 
+class MotionView(View):
+    """A motion adapter a job may name as `motion`: at most `max_frames` frames. `acceleration` is the LCM-LoRA that
+    animations with it are drawn with; null for the checkpoint's."""
+
+    name: str
+    hash: str
+    family: str
+    state: Literal["pending", "available", "refused"]
+    max_frames: int
+    acceleration: str | None = None
+    bytes: int
+    source: dict[str, Any] = {}
+    created_at: datetime
+
+
 class AdapterView(View):
     """LoRA weights a job may name. `source` says where they came from."""
 
@@ -240,7 +263,7 @@ class RegistrationView(View):
 
     id: UUID
     name: str
-    kind: Literal["checkpoint", "vae", "controlnet", "acceleration", "style"]
+    kind: Literal["checkpoint", "vae", "controlnet", "motion", "acceleration", "style"]
     source: str
     state: Literal["waiting", "fetching", "checking", "storing", "testing", "available", "refused"]
     reason: str | None = None
@@ -282,7 +305,7 @@ class KeyView(View):
 
 class LimitsView(View):
     """What a project may have at most; null where there is no limit. Pixel steps are width x height x steps, summed
-    over the jobs accepted on one day (UTC)."""
+    over the jobs accepted on one day (UTC); each frame of an animation counts."""
 
     queued_jobs: int | None = None
     running_jobs: int | None = None

@@ -17,7 +17,16 @@ from farm.states import Outcome
 from farm.storage import Store
 from workers.lease import Held
 from workers.leaving import Leaving
-from workers.pictures import Pixels, decode_png, difference, encode_png, encode_thumbnail, metadata
+from workers.pictures import (
+    Pixels,
+    decode_animation,
+    decode_png,
+    difference,
+    encode_animation,
+    encode_png,
+    encode_thumbnail,
+    metadata,
+)
 
 MOST_THREADS = 16
 SHARE_OF_LIMIT = 0.8
@@ -61,12 +70,13 @@ class Storing:
 
     def _one(self, held: Held, job: ClaimedJob, pixels: Pixels, leaving: Leaving) -> Result:
         try:
-            image, png, thumbnail = self._encode(job, pixels)
+            image, body, thumbnail = self._encode(job, pixels)
             pause = FIRST_PAUSE_SECONDS
             while True:
                 try:
                     apart = self._compared(job, pixels)
-                    self._store.put(image.key, png, "image/png", image.sha256)
+                    kind = "image/webp" if job.recipe.fps else "image/png"
+                    self._store.put(image.key, body, kind, image.sha256)
                     self._store.put(image.thumbnail_key, thumbnail, "image/webp", hashlib.sha256(thumbnail).hexdigest())
                     return Result(job.id, job.attempt, Outcome.SUCCEEDED, image, difference=apart)
                 except Unavailable as error:
@@ -92,22 +102,27 @@ class Storing:
             before = self._store.get(job.original)
         except NotFound as error:
             raise NotFound("the picture to compare with is gone: its job was deleted") from error
-        return difference(pixels, decode_png(before))
+        fps = job.recipe.fps
+        return difference(pixels, decode_animation(before, fps=fps) if fps else decode_png(before))
 
     def _encode(self, job: ClaimedJob, pixels: Pixels) -> tuple[StoredImage, bytes, bytes]:
         texts = metadata(job.recipe, names=job.names, labels=job.labels) if job.metadata else {}
-        png = encode_png(pixels, texts=texts, level=self._settings.png_compress_level)
-        thumbnail = encode_thumbnail(pixels, longer_side=self._settings.thumbnail_pixels)
-        sha256 = hashlib.sha256(png).hexdigest()
-        height, width, _ = pixels.shape
+        if job.recipe.fps:
+            body, suffix, still = encode_animation(pixels, fps=job.recipe.fps, texts=texts), "webp", pixels[0]
+        else:
+            body = encode_png(pixels, texts=texts, level=self._settings.png_compress_level)
+            suffix, still = "png", pixels
+        thumbnail = encode_thumbnail(still, longer_side=self._settings.thumbnail_pixels)
+        sha256 = hashlib.sha256(body).hexdigest()
+        height, width, _ = still.shape
         image = StoredImage(
-            key=image_key(job.project_id, job.id, job.attempt, sha256, "png"),
+            key=image_key(job.project_id, job.id, job.attempt, sha256, suffix),
             # Each object's key ends in its own hash; the API reads a thumbnail's from there.
             thumbnail_key=image_key(job.project_id, job.id, job.attempt, hashlib.sha256(thumbnail).hexdigest(), "webp"),
             sha256=sha256,
-            bytes=len(png),
+            bytes=len(body),
             width=width,
             height=height,
             thumbnail_bytes=len(thumbnail),
         )
-        return image, png, thumbnail
+        return image, body, thumbnail

@@ -24,9 +24,9 @@ REDIRECTED: dict[int | str, dict[str, Any]] = {
 def get_image(
     job_id: UUID, caller: ReaderDep, farm: FarmDep, conn: ConnDep, wanted: Annotated[Link, Query()]
 ) -> Response:
-    """The picture (PNG), by redirect to where it can be fetched for a while without a key."""
+    """The picture (PNG; an animation is WebP), by redirect to where it can be fetched for a while without a key."""
     image = jobs.image_of(conn, caller.project_id, job_id)
-    return _link(farm, image.key, f"{job_id}.png", wanted)
+    return _link(farm, image.key, f"{job_id}.{image.key.rpartition('.')[2]}", wanted)
 
 
 @router.get("/{job_id}/thumbnail", response_model=ImageLink, responses=REDIRECTED)

@@ -14,9 +14,10 @@ from farm.views import RegistrationView
 
 LOOK_SECONDS = 0.5
 """Between two looks at a registration."""
-Kind = Literal["checkpoint", "vae", "controlnet", "style", "acceleration"]
+Kind = Literal["checkpoint", "vae", "controlnet", "motion", "style", "acceleration"]
 TOLD: dict[str, Kind] = {
     "checkpoint": "checkpoint", "original": "checkpoint", "vae": "vae", "controlnet": "controlnet",
+    "motion": "motion",
 }  # fmt: skip
 """What files of each sort are registered as; an adapter is a style."""
 

@@ -10,21 +10,22 @@ from farm.cli.exits import Exit
 from farm.cli.options import DATA_DIR, AsJson, DataDir, connect
 
 if TYPE_CHECKING:
-    from farm.views import AdapterView, CheckpointView, ControlNetView, VaeView
+    from farm.views import AdapterView, CheckpointView, ControlNetView, MotionView, VaeView
 
-ModelKind = Literal["checkpoint", "vae", "controlnet", "style", "acceleration"]
+ModelKind = Literal["checkpoint", "vae", "controlnet", "motion", "style", "acceleration"]
 
 models = typer.Typer(help="Checkpoints, VAEs and adapters that jobs may name.", no_args_is_help=True)
 
 
 @models.command("list")
 def list_models(data_dir: DataDir = DATA_DIR, as_json: AsJson = False) -> None:
-    """List checkpoints, VAEs, ControlNets and adapters."""
+    """List checkpoints, VAEs, ControlNets, motion adapters and LoRAs."""
     with connect(data_dir) as farm:
-        found: list[tuple[str, CheckpointView | VaeView | ControlNetView | AdapterView]] = []
+        found: list[tuple[str, CheckpointView | VaeView | ControlNetView | MotionView | AdapterView]] = []
         found += [("checkpoint", each) for each in farm.checkpoints()]
         found += [("vae", each) for each in farm.vaes()]
         found += [("controlnet", each) for each in farm.controlnets()]
+        found += [("motion", each) for each in farm.motions()]
         found += [(each.kind, each) for each in farm.adapters()]
     if as_json:
         for kind, each in found:
@@ -58,7 +59,11 @@ def add(
     ] = None,
     profile: Annotated[
         list[str] | None,
-        typer.Option(help="A default of a checkpoint; may be repeated.", metavar="KEY=VALUE", show_default=False),
+        typer.Option(
+            help="A default of a checkpoint or motion adapter; may be repeated.",
+            metavar="KEY=VALUE",
+            show_default=False,
+        ),
     ] = None,
     wait: Annotated[bool, typer.Option(help="Wait until it is available or refused.")] = True,
     data_dir: DataDir = DATA_DIR,

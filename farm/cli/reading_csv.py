@@ -10,8 +10,19 @@ from farm.cli.options import adapter_of, control_of
 from farm.cli.rows import MOST_PROBLEMS, Row, mistake, unknown
 from farm.errors import InvalidRequest, Problem
 
-TEXTS = ("prompt", "negative_prompt", "checkpoint", "acceleration", "vae", "scheduler", "image", "mask", "run_at")
-WHOLE = ("width", "height", "steps", "seed", "count", "priority")
+TEXTS = (
+    "prompt",
+    "negative_prompt",
+    "checkpoint",
+    "acceleration",
+    "vae",
+    "scheduler",
+    "image",
+    "mask",
+    "motion",
+    "run_at",
+)
+WHOLE = ("width", "height", "steps", "seed", "count", "priority", "frames", "fps")
 LABEL = "label."
 """A column `label.site` holds the label `site` of its rows."""
 

@@ -47,7 +47,10 @@ def render(
         str | None, typer.Option(help="Where: white is drawn anew.", metavar="PICTURE", show_default=False)
     ] = None,
     control: Controls = None,
-    out: Annotated[Path, typer.Option(help="A .png file, or a folder.", metavar="PATH")] = Path(),
+    motion: Annotated[str | None, typer.Option(help="A motion adapter: an animation.", show_default=False)] = None,
+    frames: Annotated[int | None, typer.Option(help="So many of them; 16 if absent.", show_default=False)] = None,
+    fps: Annotated[int | None, typer.Option(help="Frames a second; 8 if absent.", show_default=False)] = None,
+    out: Annotated[Path, typer.Option(help="A .png file (an animation: .webp), or a folder.", metavar="PATH")] = Path(),
     as_json: AsJson = False,
 ) -> None:
     """Render a prompt now and write the pictures here.
@@ -69,10 +72,13 @@ def render(
         "strength": strength,
         "mask": mask,
         "controls": controls_of(control) or None,
+        "motion": motion,
+        "frames": frames,
+        "fps": fps,
         **size_of(size),
     }
     fields = {name: value for name, value in wanted.items() if value is not None}
-    folder, stem = place(out, prompt, count)
+    folder, stem = place(out, prompt, count, "png" if motion is None else "webp")
     with some_farm(data_dir) as occasion:
         batch = _submit(occasion.farm, prompt, count, _sent(occasion.farm, fields))
         with Bar("rendering", count) as bar:
@@ -115,26 +121,29 @@ def _wait_or_cancel(occasion: Occasion, batch: BatchView, bar: Bar) -> BatchView
         raise
 
 
-def place(out: Path, prompt: str, count: int) -> tuple[Path, str | None]:
+def place(out: Path, prompt: str, count: int, suffix: str = "png") -> tuple[Path, str | None]:
     """Where `count` pictures go: a folder, made if need be, and what their names start with, or `None`: exactly `out`.
 
-    Raises InvalidRequest for a file name that is no PNG.
+    Raises InvalidRequest for a file name that does not end in `suffix`.
     """
     if out.is_dir() or not out.suffix:
         out.mkdir(parents=True, exist_ok=True)
         return out, _slug(prompt)
-    if out.suffix.lower() != ".png":
-        raise InvalidRequest(f"{out}: pictures are PNG files; name one that ends in .png, or a folder")
+    if out.suffix.lower() != f".{suffix}":
+        noun = "pictures are PNG" if suffix == "png" else "animations are WebP"
+        raise InvalidRequest(f"{out}: {noun} files; name one that ends in .{suffix}, or a folder")
     out.parent.mkdir(parents=True, exist_ok=True)
     return (out, None) if count == 1 else (out.parent, out.stem)
 
 
 def free_path(folder: Path, stem: str, job: JobView) -> Path:
-    """`<stem>-<seed>.png`, with a number if that is another picture: rendering overwrites nothing."""
+    """`<stem>-<seed>.png` (or `.webp`), with a number if that is another picture: rendering overwrites nothing."""
     from farm.client.pictures import holds
 
     sha256 = job.image.sha256 if job.image else ""
-    names = (f"{stem}-{job.seed}{suffix}.png" for suffix in chain([""], (f"-{number}" for number in numbers(2))))
+    names = (
+        f"{stem}-{job.seed}{suffix}.{job.suffix}" for suffix in chain([""], (f"-{number}" for number in numbers(2)))
+    )
     return next(path for name in names if not (path := folder / name).exists() or holds(path, sha256))
 
 

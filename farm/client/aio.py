@@ -33,6 +33,7 @@ from farm.views import (
     JobView,
     KeyView,
     LaneView,
+    MotionView,
     Page,
     RegistrationView,
     UploadView,
@@ -254,6 +255,9 @@ class AsyncFarm:
 
     async def controlnets(self) -> list[ControlNetView]:
         return await self._request(calls.controlnets())
+
+    async def motions(self) -> list[MotionView]:
+        return await self._request(calls.motions())
 
     async def register(self, kind: ModelKind, name: str, source: str, **wanted: Any) -> RegistrationView:
         """Ask for a model from the hub or S3; `wanted` as the API takes it: family, variant, profile."""

@@ -23,6 +23,7 @@ from farm.views import (
     JobView,
     KeyView,
     LaneView,
+    MotionView,
     Page,
     RegistrationView,
     UploadView,
@@ -41,7 +42,7 @@ Row = str | Mapping[str, Any]
 Rows = Iterable[Row]
 AsyncRows = Rows | AsyncIterable[Row]
 Id = UUID | str
-ModelKind = Literal["checkpoint", "vae", "controlnet", "style", "acceleration", "adapter"]
+ModelKind = Literal["checkpoint", "vae", "controlnet", "motion", "style", "acceleration", "adapter"]
 """What a model is registered as; an `adapter` is a style unless the farm knows its repository for an acceleration."""
 States = JobState | str | Sequence[JobState | str]
 
@@ -64,6 +65,9 @@ class JobFields(TypedDict, total=False):
     mask: str
     composite: bool
     controls: Sequence[Mapping[str, Any]]
+    motion: str
+    frames: int
+    fps: int
     seed: int
     priority: int
     labels: Mapping[str, str]
@@ -277,12 +281,16 @@ def controlnets() -> Call[list[ControlNetView]]:
     return Call("GET", f"{API}/controlnets", items(ControlNetView))
 
 
+def motions() -> Call[list[MotionView]]:
+    return Call("GET", f"{API}/motions", items(MotionView))
+
+
 def register(kind: ModelKind, name: str, source: str, wanted: Mapping[str, Any]) -> Call[RegistrationView]:
     """Not repeatable: the second would find the name in use."""
     given = {key: value for key, value in wanted.items() if value is not None}
     if kind in {"style", "acceleration"}:
         given["kind"] = kind
-    noun = {"checkpoint": "checkpoints", "vae": "vaes", "controlnet": "controlnets"}.get(kind, "adapters")
+    noun = f"{kind}s" if kind in {"checkpoint", "vae", "controlnet", "motion"} else "adapters"
     body = orjson.dumps({"name": name, "source": source, **given})
     return Call("POST", f"{API}/{noun}", view(RegistrationView), body=body, headers=JSON, repeatable=False)
 

@@ -43,11 +43,11 @@ class Downloaded:
 
 
 def file_name(job: JobView) -> str:
-    """`NNNNNN-<seed>.png`: the job's number in its batch, then its seed.
+    """`NNNNNN-<seed>.png` (an animation: `.webp`): the job's number in its batch, then its seed.
 
     Sorted by name, the pictures of a batch stand in the order they were submitted in.
     """
-    return f"{job.number:06d}-{job.seed}.png"
+    return f"{job.number:06d}-{job.seed}.{job.suffix}"
 
 
 def send(picture: Path | str | bytes, random: Random) -> Flow[UploadView]:

@@ -32,6 +32,7 @@ from farm.views import (
     JobView,
     KeyView,
     LaneView,
+    MotionView,
     Page,
     RegistrationView,
     UploadView,
@@ -275,6 +276,9 @@ class Farm:
 
     def controlnets(self) -> list[ControlNetView]:
         return self._request(calls.controlnets())
+
+    def motions(self) -> list[MotionView]:
+        return self._request(calls.motions())
 
     def register(self, kind: ModelKind, name: str, source: str, **wanted: Any) -> RegistrationView:
         """Ask for a model from the hub or S3; `wanted` as the API takes it: family, variant, profile."""

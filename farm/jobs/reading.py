@@ -194,7 +194,7 @@ def job_view(row: RowMapping) -> JobView:
         replay = ReplayView(of=row["original_id"], **apart)
     wanted = ("prompt", "negative_prompt", "width", "height", "steps", "guidance_scale", "scheduler", "seed", "task")
     recipe: dict[str, Any] = {name: body[name] for name in wanted}
-    recipe |= {name: body.get(name) for name in ("strength", "mask", "composite")}
+    recipe |= {name: body.get(name) for name in ("strength", "mask", "composite", "frames", "fps")}
     same = ("id", "batch_id", "number", "state", "attempt", "priority", "labels", "warnings")
     moments = ("created_at", "run_at", "started_at", "finished_at")
     return JobView(
@@ -205,6 +205,7 @@ def job_view(row: RowMapping) -> JobView:
         acceleration=names["acceleration"],
         vae=names.get("vae"),
         source=body.get("image"),
+        motion=names.get("motion"),
         controls=[ControlChoice(**use, name=names["controlnets"][use["hash"]]) for use in body.get("controls", ())],
         error=error,
         image=image,

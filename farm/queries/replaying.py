@@ -37,6 +37,7 @@ _REPLAY = text("""
         SELECT :job, project_id, hash FROM job_uploads WHERE job_id = :original
     )
     SELECT CAST(body ->> 'width' AS bigint) * CAST(body ->> 'height' AS bigint) * CAST(body ->> 'steps' AS bigint)
+           * COALESCE(CAST(body ->> 'frames' AS bigint), 1)
     FROM original
 """)
 

@@ -76,7 +76,7 @@ def test_every_route_wants_its_scope(api: Api) -> None:
             return SCOPES
         if path.startswith(("/keys", "/registrations", "/projects")):
             return {"admin"}
-        if method == "POST" and path in {"/checkpoints", "/vaes", "/controlnets", "/adapters"}:
+        if method == "POST" and path in {"/checkpoints", "/vaes", "/controlnets", "/motions", "/adapters"}:
             return {"admin"}
         if method == "GET":
             return {"jobs:read"}

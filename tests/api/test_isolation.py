@@ -14,7 +14,7 @@ from PIL import Image
 from farm.objects import image_key
 from tests.api.conftest import HEALTH, PROMPT, Api, made_up, operations, problem_of
 
-FARM_WIDE = {"/version", "/workers", "/queue", "/checkpoints", "/adapters", "/vaes", "/controlnets"}
+FARM_WIDE = {"/version", "/workers", "/queue", "/checkpoints", "/adapters", "/vaes", "/controlnets", "/motions"}
 """Read by everybody: what can be named and how long queues are, by lane, without a word of whose they are."""
 ADMIN = re.compile(r"/(keys|projects|registrations)\b")
 NAME = re.compile(r"\b\w+_(?:id|hash)\b")

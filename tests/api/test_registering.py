@@ -19,6 +19,7 @@ SOURCE = f"hf:owner/name@{COMMIT}"
     [
         ("/checkpoints", {"variant": "fp16", "profile": {"steps": 6, "vae": "tiny"}}, "checkpoint"),
         ("/vaes", {"family": "sdxl"}, "vae"),
+        ("/motions", {"profile": {"acceleration": "animatelcm-lora"}}, "motion"),
         ("/adapters", {}, "style"),
         ("/adapters", {"kind": "acceleration", "family": "sdxl"}, "acceleration"),
         ("/adapters", {"source": f"hf:latent-consistency/lcm-lora-sdxl@{COMMIT}"}, "acceleration"),
@@ -94,3 +95,27 @@ def test_vaes_are_listed_and_named_by_jobs(api: Api) -> None:
     finally:
         with api.database.transaction() as conn:
             conn.execute(text("DELETE FROM models WHERE name = 'small'"))
+
+
+def test_motion_adapters_are_listed_and_named_by_jobs(api: Api) -> None:
+    answer = api.http.post("/motions", json={"name": "wind", "source": SOURCE})
+    found = FoundModel("8" * 64, "crack-tiny", 5, (), {"max_frames": 8}, {"source": SOURCE, "revision": COMMIT})
+    with api.database.transaction() as conn:
+        claim = registrations.claim(conn, worker=new_id(), settings=api.settings)
+        assert claim is not None
+        assert str(claim.id) == answer.json()["id"]
+        registrations.publish(conn, claim, found, [], api.settings)
+    try:
+        (view,) = api.http.get("/motions").json()["items"]
+        assert (view["name"], view["max_frames"], view["acceleration"]) == ("wind", 8, None)
+        job = api.http.post("/jobs", json={"prompt": "a crack", "motion": "wind", "frames": 4}).json()
+        assert (job["motion"], job["frames"], job["fps"], job["acceleration"]) == ("wind", 4, 8, "lcm-lora")
+        refused = api.http.post("/jobs", json={"prompt": "a crack", "motion": "wind"})
+        (problem,) = problem_of(refused, 422, "invalid-request")["problems"]
+        assert problem == {"field": "frames", "problem": "wind knows at most 8 frames, not 16"}
+        refused = api.http.post("/jobs", json={"prompt": "a crack", "checkpoint": "big", "motion": "wind"})
+        problems = problem_of(refused, 422, "invalid-request")["problems"]
+        assert any(one["field"] == "motion" and "is made for crack-tiny" in one["problem"] for one in problems)
+    finally:
+        with api.database.transaction() as conn:
+            conn.execute(text("DELETE FROM models WHERE name = 'wind'"))

@@ -194,11 +194,13 @@ def test_models_are_listed(run: Run, fake: FakeFarm) -> None:
     fake.on("GET", f"{API}/checkpoints", page(model | {"profile": {}}))
     fake.on("GET", f"{API}/vaes", page(model | {"name": "taesd", "tiny": True}))
     fake.on("GET", f"{API}/controlnets", page())
+    fake.on("GET", f"{API}/motions", page(model | {"name": "wind", "max_frames": 32}))
     fake.on("GET", f"{API}/adapters", page(model | {"name": "lcm", "kind": "acceleration"}))
     lines = [orjson.loads(line) for line in run("models", "list", "--json").stdout.splitlines()]
     assert [(line["name"], line["kind"]) for line in lines] == [
         ("crack-tiny", "checkpoint"),
         ("taesd", "vae"),
+        ("wind", "motion"),
         ("lcm", "acceleration"),
     ]
 

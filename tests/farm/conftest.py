@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from farm import jobs, keys, submission
-from farm.catalogue import Catalogue
 from farm.db import Database
 from farm.jobs import Claimed, Result, StoredImage, Warm
 from farm.queries import claiming
+from farm.resolving import Catalogue
 from farm.settings import Settings
 from farm.states import Outcome
 from farm.views import AdapterView, BatchView, CheckpointView

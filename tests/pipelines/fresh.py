@@ -1,4 +1,4 @@
-"""`python -m tests.pipelines.fresh FILE`: recipes in a process that did nothing before; prints their hashes."""
+"""`python -m tests.pipelines.fresh FILE`: micro-batches in a process that did nothing before; prints their hashes."""
 
 import hashlib
 import json
@@ -16,9 +16,11 @@ def main() -> None:
     torch.set_num_threads(1)
     asked = json.loads(Path(sys.argv[1]).read_text())
     engine = Engine(farm_settings(), lambda name: Path(asked["places"][name]))
-    recipes = [Recipe.parse(body) for body in asked["recipes"]]
-    pictures = engine.render(engine.stage(recipes), recipes, go_on)
-    hashes = [hashlib.sha256(one.tobytes()).hexdigest() for one in pictures if one is not None]
+    hashes = []
+    for part in asked["parts"]:
+        recipes = [Recipe.parse(body) for body in part]
+        pictures = engine.render(engine.stage(recipes), recipes, go_on)
+        hashes += [hashlib.sha256(one.tobytes()).hexdigest() for one in pictures if one is not None]
     sys.stdout.write(json.dumps(hashes) + "\n")
 
 

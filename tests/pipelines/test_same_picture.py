@@ -61,16 +61,3 @@ def test_a_prompt_has_the_same_embedding_whoever_asked_first(engine: Engine, fet
         np.array_equal(a, b)
         for a, b in zip(render(engine, asked), render(Engine(farm_settings(), fetch), asked), strict=True)
     )
-
-
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_precision_on_a_cpu(fetch: Fetch, dtype: str) -> None:
-    """The stated tolerance for half precision on CPUs: 24 levels at most, one on average."""
-    engine = Engine(farm_settings(dtype=dtype), fetch)
-    for checkpoint in ("sd", "sdxl"):
-        recipes = [recipe(n, checkpoint=checkpoint, steps=2) for n in range(3)]
-        together = render(engine, recipes)
-        for one, picture in zip(recipes, together, strict=True):
-            alone = render(engine, [one])[0]
-            assert apart(alone, picture) <= 24
-            assert np.abs(alone.astype(int) - picture).mean() <= 1

@@ -13,6 +13,7 @@ from diffusers import (
     ControlNetModel,
     DDIMScheduler,
     EulerDiscreteScheduler,
+    MotionAdapter,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -138,6 +139,21 @@ def controlnet(folder: Path, checkpoint: Path, seed: int = 5, **changes: Any) ->
     for layer in (*made.controlnet_down_blocks, made.controlnet_mid_block, made.controlnet_cond_embedding.conv_out):
         torch.nn.init.normal_(layer.weight, std=0.2)
     made.save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def motion(folder: Path, seed: int = 8, **changes: Any) -> Path:
+    """A motion adapter for the UNets above, in the layout of AnimateDiff's and AnimateLCM's diffusers folders."""
+    torch.manual_seed(seed)
+    options: dict[str, Any] = {
+        "block_out_channels": (16, 32),
+        "motion_layers_per_block": 2,
+        "motion_num_attention_heads": 2,
+        "motion_norm_num_groups": 4,
+        "motion_max_seq_length": 8,
+        "use_motion_mid_block": True,
+    }
+    MotionAdapter(**{**options, **changes}).save_pretrained(folder, safe_serialization=True)
     return folder
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderTiny
-from PIL import Image
+from PIL import Image, ImageSequence
 from safetensors.torch import load_file, save_file
 from sqlalchemy import text
 
@@ -23,6 +23,7 @@ from farm.storage import Store
 from tests.pipelines import originals, toys
 from tests.registering.conftest import PROFILE, Bench
 from tests.registering.hub import COMMIT, Hub
+from workers import pictures
 from workers.pipelines import original
 
 pytestmark = pytest.mark.timeout(300)
@@ -49,7 +50,8 @@ def render(bench: Bench, **fields: Any) -> tuple[Any, dict[str, Any]]:
     assert job.state == "succeeded", job.error
     with Image.open(io.BytesIO(bench.store.get(bench.do(jobs.image_of, mine, job.id).key))) as image:
         image.load()
-        return job, json.loads(image.info["farm"])
+        told = image.info.get("farm") or image.getexif()[pictures.DESCRIPTION]
+        return job, json.loads(told)
 
 
 def test_a_hub_checkpoint_ends_in_a_picture_that_names_its_commit(bench: Bench, hub: Hub, sd_folder: Path) -> None:
@@ -186,6 +188,40 @@ def test_controlnets_find_their_family_and_are_followed(bench: Bench, sd_folder:
     assert told["recipe"]["controls"][0]["hash"] == ended.hash
     (warm,) = bench.engine.warm()
     assert warm["controlnets"] == [{"hash": ended.hash}]
+
+
+def test_an_animation_from_its_motion_adapter_to_the_store(
+    bench: Bench, sd_folder: Path, style_layers: Any, tmp_path: Path
+) -> None:
+    family = bench.add("toy", sd_folder, profile=PROFILE).family
+    other = toys.kohya(tmp_path / "other.safetensors", toys.changes(style_layers, seed=1))
+    bench.add("lcm", other, "acceleration")
+    wanted = {"checkpoint": "toy", "motion": "wind", "frames": 4, "fps": 5}
+    wind = toys.motion(tmp_path / "wind")
+    ended = bench.add("wind", wind, "motion", profile={"acceleration": "wind-lcm"})
+    assert (ended.family, ended.notes) == (family, [])
+    (view,) = bench.do(catalogue.list_motions)
+    assert (view.name, view.hash, view.max_frames, view.acceleration) == ("wind", ended.hash, 8, "wind-lcm")
+    for changes, field, words in (
+        ({}, "acceleration", "wind is drawn with wind-lcm, which is no LCM-LoRA"),
+        ({"frames": 9, "acceleration": "none"}, "frames", "wind knows at most 8 frames, not 9"),
+    ):
+        with pytest.raises(InvalidRequest) as caught:
+            render(bench, **{**wanted, **changes})
+        assert words in next(one["problem"] for one in caught.value.problems if one["field"] == field)
+    # Its own LCM-LoRA, whatever the checkpoint has.
+    bench.add("wind-lcm", toys.kohya(tmp_path / "lcm.safetensors", toys.changes(style_layers)), "acceleration")
+    job, told = render(bench, **wanted)
+    assert (job.motion, job.frames, job.fps, job.suffix, job.acceleration) == ("wind", 4, 5, "webp", "lcm-lora")
+    assert [one["name"] for one in told["models"]] == ["toy", "wind-lcm", "wind"]
+    assert (told["recipe"]["motion"], told["recipe"]["scheduler"]) == (ended.hash, "lcm")
+    stored = bench.do(jobs.image_of, project(bench), job.id)
+    assert stored.key.endswith(".webp")
+    with Image.open(io.BytesIO(bench.store.get(stored.key))) as image:
+        assert (image.format, len(list(ImageSequence.Iterator(image))), image.size) == ("WEBP", 4, (64, 64))
+    replay = bench.do(jobs.replay_job, project(bench), job.id)
+    assert bench.executor.work_once()
+    assert bench.do(jobs.get_job, project(bench), replay.id).replay.levels == 0
 
 
 def test_refused_adapters_name_file_key_and_reason(

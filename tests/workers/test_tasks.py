@@ -173,6 +173,11 @@ WRONG: list[tuple[Callable[[str], dict[str, Any]], str, str]] = [
     (lambda one: {"controls": [{"name": "e", "image": one, "start": 0.5, "end": 0.5}]}, "controls.0.start", "below"),
     (lambda _: {"controls": [{"name": "e", "image": "b" * 64}]}, "controls.0.image", "there is no upload"),
     (lambda one: {"controls": [{"name": "e", "image": one}] * 5}, "controls", "at most 4"),
+    (lambda _: {"frames": 8}, "frames", "needs a motion adapter"),
+    (lambda _: {"fps": 8}, "fps", "needs a motion adapter"),
+    (lambda _: {"motion": "wind"}, "motion", "there is no motion adapter named wind"),
+    (lambda _: {"motion": "wind", "frames": 65}, "frames", "less than"),
+    (lambda one: {"motion": "wind", "image": one}, "image", "does not go with motion"),
 ]
 
 

@@ -114,9 +114,9 @@ class Residents:
                 self._forget(other)
 
     def refuse_beside(self, pipeline: Pipeline, bytes_: int) -> None:
-        """Raises OutOfMemory if a checkpoint could never be on the device with so many bytes of ControlNets beside."""
+        """Raises OutOfMemory if a checkpoint could never be on the device with so many bytes beside it."""
         if bytes_ and (need := pipeline.bare_bytes + bytes_) > self._budget:
-            self._refuse(pipeline.checkpoint, f"with its ControlNets about {need:,}")
+            self._refuse(pipeline.checkpoint, f"with what goes beside it about {need:,}")
 
     def admit(self, entry: Entry) -> None:
         """Put a held checkpoint on the device, making room first. Raises OutOfMemory if it cannot fit alone."""

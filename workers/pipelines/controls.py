@@ -31,7 +31,7 @@ class Controls:
     def of(cls, pipeline: Pipeline, first: Recipe, guides: Sequence[Guide], steps: int, device: Device) -> Controls:
         """Those of recipes that share their lane with `first`; `steps` is how often the UNet is asked."""
         uses = first.controls or ()
-        nets = [pipeline.controlnets[use.hash] for use in uses]
+        nets = [pipeline.nets[use.hash] for use in uses]
         images = [control_images(guides, index, next(net.parameters()).dtype, device) for index, net in enumerate(nets)]
         # As diffusers has it: a step counts if all of it lies within the shares.
         acting = [

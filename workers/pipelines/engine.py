@@ -28,6 +28,7 @@ from workers.pipelines.library import Library
 from workers.pipelines.load import measured
 from workers.pipelines.lru import Shelf
 from workers.pipelines.merge import text_key
+from workers.pipelines.motion import is_motion
 from workers.pipelines.parts import in_parts
 from workers.pipelines.prompts import Text, all_known, texts
 from workers.pipelines.render import OnStep, Picture, render
@@ -66,7 +67,7 @@ class Staged:
     vae: Any | None
     acceleration: tuple[Use, ...]
     styles: dict[str, tuple[Use, ...]]
-    controlnets: dict[str, Any] = field(default_factory=dict)
+    nets: dict[str, Any] = field(default_factory=dict)
     guides: tuple[Guide, ...] = ()
     finalizer: weakref.finalize[..., Staged] | None = None
 
@@ -116,7 +117,8 @@ class Engine:
         guides = tuple(guide_of(one, pictures) for one in recipes) if first.pictures else ()
         entry = self._library.hold(first.checkpoint)
         try:
-            controlnets = self._library.controlnets([use.hash for use in first.controls or ()], entry.loaded)
+            beside = [*(use.hash for use in first.controls or ()), *([first.motion] if first.motion else ())]
+            nets = self._library.nets(beside, entry.loaded)
             vae = (
                 self._library.vae(first.vae, entry.loaded) if first.vae and first.vae not in entry.loaded.vaes else None
             )
@@ -125,7 +127,7 @@ class Engine:
         except BaseException:
             self._residents.release(entry)
             raise
-        staged = Staged(entry, vae, acceleration, styles, controlnets, guides)
+        staged = Staged(entry, vae, acceleration, styles, nets, guides)
         staged.finalizer = weakref.finalize(staged, self._residents.release, entry)
         return staged
 
@@ -144,13 +146,14 @@ class Engine:
         for place, recipe in enumerate(recipes):
             groups.setdefault(recipe.adapter_set, []).append(place)
         try:
-            way = self._way(staged, lane, [len(group) for group in groups.values()])
+            # Slots know a row for each image; an animation has one for each frame, and costs too much for it to matter.
+            way: Way = "merged" if first.motion else self._way(staged, lane, [len(one) for one in groups.values()])
             return in_parts(
                 list(groups.values()) if way == "merged" else [list(range(len(recipes)))],
                 steps,
                 on_step,
                 lambda part, heard: self._once(staged, recipes, part, heard, way),
-                lambda: self.limit(lane),
+                lambda: min(self.limit(lane), max(1, self._most // (first.frames or 1))),
                 partial(self._shrink, entry, first),
             )
         finally:
@@ -166,7 +169,8 @@ class Engine:
                 "adapters": [{"hash": hash_, "weight": weight} for hash_, weight in entry.loaded.merger.uses],
                 "adapter_set": entry.adapter_set,
                 "slots": [{"hash": hash_} for hash_ in entry.loaded.slots.resident],
-                "controlnets": [{"hash": hash_} for hash_ in entry.loaded.controlnets],
+                "controlnets": [{"hash": hash_} for hash_, net in entry.loaded.nets.items() if not is_motion(net)],
+                "motions": [{"hash": hash_} for hash_, net in entry.loaded.nets.items() if is_motion(net)],
                 "bytes": entry.bytes,
                 "pristine_bytes": entry.loaded.merger.bytes,
                 "load_seconds": round(entry.loaded.load_seconds, 3),
@@ -298,16 +302,17 @@ class Engine:
         return filling
 
     def _seat(self, staged: Staged) -> None:
-        """Its ControlNets on the device. Others of this checkpoint leave where there is no room for all."""
+        """Its ControlNets and motion adapter on the device. This checkpoint's others leave where there is no room."""
         pipeline = staged.entry.loaded
-        new = {hash_: net for hash_, net in staged.controlnets.items() if hash_ not in pipeline.controlnets}
+        new = {hash_: net for hash_, net in staged.nets.items() if hash_ not in pipeline.nets}
         extra = sum(measured(net.parameters()) for net in new.values())
         if pipeline.bytes + extra > self._device.budget:
-            for hash_ in pipeline.controlnets.keys() - staged.controlnets.keys():
-                del pipeline.controlnets[hash_]
+            for hash_ in pipeline.nets.keys() - staged.nets.keys():
+                del pipeline.nets[hash_]
+                pipeline.moving.pop(hash_, None)
         self._residents.reserve(staged.entry, extra)
         for hash_, net in new.items():
-            pipeline.controlnets[hash_] = net.to(self._device.place)
+            pipeline.nets[hash_] = net.to(self._device.place)
 
     def _merge(self, staged: Staged, recipe: Recipe, way: Way) -> float:
         """The weights as this recipe's lane wants them; its adapter set merged, or every set of `staged` in slots.

@@ -17,6 +17,7 @@ from farm.modelfiles import (
     read_checkpoint,
     read_controlnet,
     read_json,
+    read_motion,
     read_vae,
 )
 from farm.safefile import read_header
@@ -56,17 +57,21 @@ def inspect(
         "checkpoint": ("checkpoint", "original"),
         "vae": ("vae", "original"),
         "controlnet": ("controlnet",),
+        "motion": ("motion",),
     }.get(kind, ("adapter",))
     if found not in expected:
         said = {"checkpoint": "a checkpoint", "original": "a checkpoint", "vae": "a VAE", "adapter": "an adapter"}
-        said["controlnet"] = "a ControlNet"
+        said |= {"controlnet": "a ControlNet", "motion": "a motion adapter"}
         raise InvalidModel(f"{path.name}: this is {said[found]}; register it as one")
     if kind == "checkpoint":
         return _checkpoint(path, wanted, scratch)
     if kind == "vae":
         return _vae(path, wanted, scratch)
     if kind == "controlnet":
-        return _controlnet(path, wanted, checkpoints, fetch)
+        return _beside(path, read_controlnet(path), "controlnet", structure.controls, wanted, checkpoints, fetch)
+    if kind == "motion":
+        found_motion = read_motion(path, acceleration=wanted.get("profile", {}).get("acceleration"))
+        return _beside(path, found_motion, "motion", structure.moves, wanted, checkpoints, fetch)
     return _adapter(path, wanted, checkpoints, fetch)
 
 
@@ -98,21 +103,27 @@ def _vae(path: Path, wanted: Mapping[str, Any], scratch: Path) -> FoundModel:
     return found.of_family(families.latents_of(found.family))
 
 
-def _controlnet(
-    path: Path, wanted: Mapping[str, Any], checkpoints: Sequence[CheckpointView], fetch: Fetch
+def _beside(
+    path: Path,
+    found: FoundModel,
+    part: str,
+    reason_of: Callable[[Mapping[str, Any], Mapping[str, Any]], str | None],
+    wanted: Mapping[str, Any],
+    checkpoints: Sequence[CheckpointView],
+    fetch: Fetch,
 ) -> FoundModel:
-    found = read_controlnet(path)
-    structure.check_part(path, "controlnet")
+    """What goes beside a UNet, of the first family whose UNet `reason_of` finds no fault with."""
+    structure.check_part(path, part)
     config = read_json(path / "config.json")
     reasons = {
-        family: structure.controls(config, one.unet())
+        family: reason_of(config, one.unet())
         for family, one in _candidates(wanted.get("family"), checkpoints, fetch).items()
     }
     fits = [family for family, reason in reasons.items() if reason is None]
     if not fits:
         raise InvalidModel(f"{path.name}: {_told({family: str(reason) for family, reason in reasons.items()})}")
     if len(fits) > 1:
-        # Of known families the first one: SSD-1B is a pruned SDXL, and what is trained for SDXL controls both.
+        # Of known families the first one: SSD-1B is a pruned SDXL, and what controls one controls both.
         named = [family for family in fits if family in families.KNOWN]
         if len(named) < len(fits):
             raise InvalidModel(f"{path.name}: fits {' and '.join(fits)} alike; name the family it is made for")

@@ -14,7 +14,7 @@ from workers.pipelines.adapters import read_adapter
 from workers.pipelines.cache import Entry, Residents
 from workers.pipelines.device import Device
 from workers.pipelines.factors import Adapter, Use
-from workers.pipelines.load import Pipeline, estimate, estimate_part, load, load_controlnet, load_vae
+from workers.pipelines.load import Pipeline, estimate, estimate_part, load, load_net, load_vae
 from workers.pipelines.lru import Shelf
 from workers.pipelines.targets import aliases
 from workers.pipelines.upsample import merge_upsampling
@@ -39,18 +39,16 @@ class Library:
         """A VAE that replaces a checkpoint's own, in host memory."""
         return self._tuned(load_vae(self._fetch(vae), pipeline.family, pipeline.unet.dtype, self._device.vae_dtype))
 
-    def controlnets(self, wanted: Sequence[str], pipeline: Pipeline) -> dict[str, Any]:
-        """ControlNets by hash, those not yet at this checkpoint read into host memory.
+    def nets(self, wanted: Sequence[str], pipeline: Pipeline) -> dict[str, Any]:
+        """ControlNets and motion adapters by hash, those not yet at this checkpoint read into host memory.
 
         Raises OutOfMemory, before any is read, when they can never fit the device beside the checkpoint.
         """
         folders = {hash_: self._fetch(hash_) for hash_ in wanted}
         sizes = [estimate_part(folder, pipeline.unet.dtype) for folder in folders.values()]
         self._residents.refuse_beside(pipeline, sum(sizes))
-        known = dict(pipeline.controlnets)
-        return {
-            hash_: known.get(hash_) or load_controlnet(folder, pipeline.unet.dtype) for hash_, folder in folders.items()
-        }
+        known = dict(pipeline.nets)
+        return {hash_: known.get(hash_) or load_net(folder, pipeline.unet.dtype) for hash_, folder in folders.items()}
 
     def uses(self, wanted: Sequence[AdapterUse], pipeline: Pipeline) -> tuple[Use, ...]:
         """Adapters parsed for pipelines of this structure, at their weights."""

@@ -18,6 +18,7 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
     ControlNetModel,
+    MotionAdapter,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
@@ -60,6 +61,7 @@ leave the patch behind, and every weight that is set afterwards goes lost."""
 WITH_WEIGHTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 UNUSED = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
 VAES = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
+NETS = {"ControlNetModel": ControlNetModel, "MotionAdapter": MotionAdapter}
 
 
 class Encoder(NamedTuple):
@@ -85,7 +87,10 @@ class Pipeline:
     zero_empty_negative: bool
     load_seconds: float
     vaes: dict[str, Any] = field(default_factory=dict)
-    controlnets: dict[str, Any] = field(default_factory=dict)
+    nets: dict[str, Any] = field(default_factory=dict)
+    """ControlNets and motion adapters beside the checkpoint, by hash."""
+    moving: dict[str, Any] = field(default_factory=dict)
+    """UNets that draw frames, by their motion adapter's hash: made of that and of this checkpoint's own layers."""
     merger: Merger = field(init=False)
     slots: Slots = field(init=False)
     structure: str = field(init=False)
@@ -106,7 +111,7 @@ class Pipeline:
         yield self.vae
         yield from (encoder.model for encoder in self.encoders)
         yield from self.vaes.values()
-        yield from self.controlnets.values()
+        yield from self.nets.values()
 
     def move(self, device: torch.device) -> None:
         """Everything of this pipeline to a device, merged weights and pristine copies alike."""
@@ -128,7 +133,7 @@ class Pipeline:
     @property
     def bytes(self) -> int:
         """Bytes of all weights, buffers, pristine copies and slots, each storage counted once."""
-        others = sum(measured(_tensors(one)) for one in (*self.vaes.values(), *self.controlnets.values()))
+        others = sum(measured(_tensors(one)) for one in (*self.vaes.values(), *self.nets.values()))
         return self._own_bytes + others + self.merger.bytes + self.slots.bytes
 
     @property
@@ -216,15 +221,15 @@ def estimate_part(folder: Path, dtype: torch.dtype) -> int:
     return sum(math.prod(one.shape) * dtype.itemsize for file in files for one in read_header(file).tensors.values())
 
 
-def load_controlnet(folder: Path, dtype: torch.dtype) -> Any:
-    """Read a ControlNet into host memory. Raises InvalidModel."""
+def load_net(folder: Path, dtype: torch.dtype) -> Any:
+    """Read a ControlNet or a motion adapter into host memory. Raises InvalidModel."""
     check_weights(folder)
-    name = _json(folder, "config.json").get("_class_name")
-    if name != "ControlNetModel":
-        raise InvalidModel(f"{folder.name}/config.json: _class_name {name!r} is not ControlNetModel")
+    name = str(_json(folder, "config.json").get("_class_name"))
+    if name not in NETS:
+        raise InvalidModel(f"{folder.name}/config.json: _class_name {name!r} is not one of {sorted(NETS)}")
     try:
         with LOADING:
-            net = ControlNetModel.from_pretrained(str(folder), dtype=dtype, use_safetensors=True, local_files_only=True)
+            net = NETS[name].from_pretrained(str(folder), dtype=dtype, use_safetensors=True, local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise InvalidModel(f"{folder.name}: cannot be loaded: {_first_line(error)}") from error
     return _ready(net)

@@ -15,6 +15,7 @@ from torch import Tensor
 from farm.errors import InvalidRequest, RenderFailed
 from workers.pipelines.controls import Controls
 from workers.pipelines.guides import Guide, composited, encode, has_distribution, latent_mask
+from workers.pipelines.motion import SCHEDULE, as_pictures, unet_for
 from workers.pipelines.prompts import Text, is_guided
 from workers.pipelines.sampling import Kept, Noise, Sampler, denoise, sampler
 from workers.pipelines.slots import Chosen
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from workers.pipelines.load import Pipeline
 
 Picture = NDArray[np.uint8]
-"""Height x width x 3, 0..255."""
+"""Height x width x 3, 0..255; an animation has its frames in front."""
 
 OnStep = Callable[[int, int], Collection[int]]
 """Called after each denoising step with (steps done, steps in all); answers the indices to drop."""
@@ -54,23 +55,29 @@ def render(
     factor = vae_factor(vae)
     if first.width % factor or first.height % factor:
         raise InvalidRequest(f"{first.width}x{first.height}: width and height must be multiples of {factor}")
+    unet = unet_for(pipeline, first)
     parts = device.spread.parts(len(recipes))
     pace = Pace(on_step, parts)
 
     def drawn(part: slice) -> list[Callable[[], Decoded]]:
         own = None if chosen is None else chosen.of(part)
-        latents = _denoised(pipeline, vae, recipes[part], told[part], own, guides[part], pace.of(part), device)
+        latents = _denoised(pipeline, unet, vae, recipes[part], told[part], own, guides[part], pace.of(part), device)
         kept = pace.kept(part)
         if latents is None or not kept:
             return []
         if len(kept) < len(latents):
             latents = latents[torch.tensor([index - part.start for index in kept], device=latents.device)]
+        if first.frames:
+            latents, kept = as_pictures(latents), [index for index in kept for _ in range(first.frames)]
         return decoding(vae, latents, kept, device)
 
-    pictures: list[Picture | None] = [None] * len(recipes)
+    made: dict[int, list[Picture]] = {}
     for index, picture in decoded(device.spread.flow([partial(drawn, part) for part in parts])):
-        if index not in pace.dropped:
-            pictures[index] = composited(picture, guides[index]) if first.composite else picture
+        made.setdefault(index, []).append(picture)
+    pictures: list[Picture | None] = [None] * len(recipes)
+    for index in made.keys() - pace.dropped:
+        picture = np.stack(made[index]) if first.frames else made[index][0]
+        pictures[index] = composited(picture, guides[index]) if first.composite else picture
     return pictures
 
 
@@ -112,6 +119,7 @@ class Pace:
 
 def _denoised(
     pipeline: Pipeline,
+    unet: Any,
     vae: Any,
     recipes: Sequence[Recipe],
     told: Sequence[Text],
@@ -122,12 +130,15 @@ def _denoised(
 ) -> Tensor | None:
     """The latents of recipes that share a lane; None when told to stop."""
     first, factor = recipes[0], vae_factor(vae)
-    sampling = sampler(first.scheduler, pipeline.scheduler_config, first.steps, device.place, first.first_step)
-    shape = (int(pipeline.unet.config.in_channels), first.height // factor, first.width // factor)
+    config = pipeline.scheduler_config | (SCHEDULE if first.motion else {})
+    sampling = sampler(first.scheduler, config, first.steps, device.place, first.first_step)
+    length = (first.frames,) if first.frames else ()
+    shape = (int(unet.config.in_channels), *length, first.height // factor, first.width // factor)
     steps = len(sampling.timesteps)
     noise = Noise([recipe.seed for recipe in recipes], shape, device.place)
     begun, kept = _begin(sampling, vae, first, guides, noise, device)
-    predict = _predictor(pipeline, first, told, chosen, Controls.of(pipeline, first, guides, steps, device), device)
+    controls = Controls.of(pipeline, first, guides, steps, device)
+    predict = _predictor(pipeline, unet, first, told, chosen, controls, device)
     return denoise(sampling, predict, begun, lambda done: after_step(done, steps), kept)
 
 
@@ -155,6 +166,7 @@ def vae_factor(vae: Any) -> int:
 
 def _predictor(
     pipeline: Pipeline,
+    unet: Any,
     first: Recipe,
     told: Sequence[Text],
     chosen: Chosen | None,
@@ -162,7 +174,7 @@ def _predictor(
     device: Device,
 ) -> Callable[[Tensor, Tensor, int], Tensor]:
     """The UNet with everything but latents and timestep filled in; guidance only where it is above 1."""
-    unet, slots = pipeline.unet, pipeline.slots
+    slots, frames = pipeline.slots, first.frames or 1
     guided = is_guided(pipeline, first)
     rows = [one.asked for one in told]
     if guided:
@@ -186,11 +198,16 @@ def _predictor(
 
     def predict(latents: Tensor, time: Tensor, step: int) -> Tensor:
         seen = torch.cat([latents, latents]) if guided else latents
-        seen = seen.to(dtype).contiguous(memory_format=torch.channels_last)
+        seen = seen.to(dtype)
+        if seen.ndim == len("nchw"):
+            seen = seen.contiguous(memory_format=torch.channels_last)
 
         def rows_of(part: slice) -> Tensor:
             some = {name: _rows(value, part) for name, value in options.items()}
-            some["encoder_hidden_states"] = tokens[part]
+            # All frames of an animation are told the same.
+            some["encoder_hidden_states"] = (
+                tokens[part].repeat_interleave(frames, dim=0) if frames > 1 else tokens[part]
+            )
             heard = {name: value for name, value in some.items() if name != "timestep_cond"}
             some |= controls.residuals(seen[part], time, step, part, heard)
             if chosen is not None:
@@ -263,7 +280,7 @@ def decoded(made: Sequence[Decoded]) -> list[tuple[int, Picture]]:
     rows = [row for some, _, _ in made for row in some]
     pictures = torch.cat([pixels for _, pixels, _ in made]).cpu().numpy()
     finite = torch.isfinite(torch.cat([total for _, _, total in made])).tolist()
-    if broken := [row for row, good in zip(rows, finite, strict=True) if not good]:
+    if broken := sorted({row for row, good in zip(rows, finite, strict=True) if not good}):
         raise RenderFailed("the picture is not a number; try another number type or VAE", rows=broken)
     return [(row, np.ascontiguousarray(picture)) for row, picture in zip(rows, pictures, strict=True)]
 

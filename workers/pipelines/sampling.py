@@ -54,14 +54,14 @@ class Noise:
     float32 whatever the weights are, so that one seed means one noise on every device and in every number type.
     """
 
-    def __init__(self, seeds: Sequence[int], shape: tuple[int, int, int], device: torch.device) -> None:
-        """`shape` is (channels, height, width) of one image's latents."""
+    def __init__(self, seeds: Sequence[int], shape: tuple[int, ...], device: torch.device) -> None:
+        """`shape` is (channels, height, width) of one image's latents; an animation has frames before its height."""
         self.generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         self._shape = shape
         self._device = device
 
     def draw(self, times: int) -> Tensor:
-        """The next `times` draws of each image, (times, images, channels, height, width), in one copy to the device."""
+        """The next `times` draws of each image, (times, images, *shape), in one copy to the device."""
         drawn = torch.empty((times, len(self.generators), *self._shape))
         for number, generator in enumerate(self.generators):
             for time in range(times):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel, MotionAdapter, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from farm import families
@@ -38,6 +38,8 @@ def part_of(part: str, config: Mapping[str, Any]) -> Any:
                 return UNet2DConditionModel.from_config(body).eval()
             if part == "controlnet":
                 return ControlNetModel.from_config(body).eval()
+            if part == "motion":
+                return MotionAdapter.from_config(body).eval()
             if part == "vae":
                 return VAES[str(body.get("_class_name"))].from_config(body).eval()
             return TEXT[part](CLIPTextConfig(**body)).eval()
@@ -85,6 +87,22 @@ def controls(controlnet: Mapping[str, Any], unet: Mapping[str, Any]) -> str | No
         key = differing[0]
         return f"{key} has shape {shapes[0].get(key)}, the UNet asks for {shapes[1].get(key)}"
     return None
+
+
+def moves(motion: Mapping[str, Any], unet: Mapping[str, Any]) -> str | None:
+    """Why a motion adapter of this configuration cannot move a UNet of that one; None if it can."""
+    if unet.get("addition_embed_type") is not None:
+        return "a UNet that is told sizes, as SDXL's: only those of Stable Diffusion 1 and 2 are animated"
+    for key, of in (("block_out_channels", "block_out_channels"), ("motion_layers_per_block", "layers_per_block")):
+        own, its = (config.get(name, 2) for config, name in ((motion, key), (unet, of)))
+        if _each(own, unet) != _each(its, unet):
+            return f"config.json: {key} is {own}, the UNet's {of} {its}"
+    return None
+
+
+def _each(value: Any, unet: Mapping[str, Any]) -> list[Any]:
+    """A number for every block, or the list there is."""
+    return [value] * len(unet["down_block_types"]) if isinstance(value, int) else list(value)
 
 
 def check_weights(folder: Path) -> None:

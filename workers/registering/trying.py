@@ -40,6 +40,8 @@ def trial(
         return _recipe(base.hash, base.profile, vae=found.hash), []
     if claim.kind == "controlnet":
         return _recipe(base.hash, base.profile, controls=(ControlUse(hash=found.hash, image=DRAWN),)), []
+    if claim.kind == "motion":
+        return _recipe(base.hash, base.profile, motion=found.hash, frames=2, fps=1), []
     use = AdapterUse(hash=found.hash, weight=1.0)
     if claim.kind == "acceleration":
         return _recipe(base.hash, base.profile, scheduler="lcm", acceleration=use), []
