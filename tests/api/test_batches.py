@@ -284,7 +284,7 @@ def test_bodies_are_read_before_a_transaction_opens() -> None:
                 seen += 1
                 assert calls.index(json_bytes) < calls.index(transaction), route.name
                 assert isinstance(calls[0], Needs), route.name
-    assert seen == 10
+    assert seen == 11
 
 
 def test_more_requests_than_threads_and_connections_all_get_answers(fresh: Any) -> None:

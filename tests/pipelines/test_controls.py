@@ -171,7 +171,7 @@ def test_one_leaves_for_another_where_there_is_no_room_for_both(controlled: Engi
     for one in (*wide, *wide):
         assert np.abs(drawn(tight, [one])[0].astype(int) - drawn(controlled, [one])[0]).max() <= 1
         assert [net["hash"] for net in tight.warm()[0]["controlnets"]] == [one.controls[0].hash]  # type: ignore[index]
-    with pytest.raises(OutOfMemory, match="with its ControlNets"):
+    with pytest.raises(OutOfMemory, match="with what goes beside it"):
         tight.stage([recipe(controls=[use(), use("depth")])], PICTURES)
 
 
