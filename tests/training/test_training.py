@@ -219,6 +219,14 @@ def test_the_text_encoder_learns_what_captions_mean(tmp_path: Path, tokenizer: C
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in text.state_dict().items())
 
 
+def test_places_count_in_the_loss_of_distillation() -> None:
+    made, target = torch.zeros(1, 2, 2, 2), torch.full((1, 2, 2, 2), 0.5)
+    weight = torch.tensor([[[[1.0, 1.0], [1.0, 5.0]]]])
+    assert float(distill.huber(made, target, 0.001, weight)) == pytest.approx(
+        2 * float(distill.huber(made, target, 0.001))
+    )
+
+
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_clean_and_noise_come_back_from_a_prediction(kind: str) -> None:
     clean, noise = torch.randn(2, 4, 4, 4), torch.randn(2, 4, 4, 4)
@@ -248,7 +256,7 @@ def test_distilled_adapter_loads_with_stock_diffusers(tmp_path: Path, tokenizer:
     distill.fit(
         unet,
         diffusion.scheduler(),
-        lambda rng: (clean, states, empty),
+        lambda rng: distill.Lesson(clean, states, empty),
         recipe=distill.Recipe(rank=4),
         plan=Plan(30, 3e-3, seed=1, warmup=2, say_every=5),
         checkpoint=tmp_path / "distil.pt",

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from numpy.typing import NDArray
-from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from farm.painter import caption, sample_scene
@@ -52,10 +51,13 @@ class Settings:
     base_rate: float = 7e-4
     base_batch: int = 16
     crack_importance: float = 5.0
-    distil_steps: int = 1_200
-    distil_rate: float = 4e-4
+    distil_steps: int = 2_400
+    distil_rate: float = 6e-4
     distil_batch: int = 16
     distil_skip: int = 4
+    distil_rank: int = 16
+    distil_low: float = 1.5
+    distil_high: float = 4.0
     bf16: bool = True
 
 
@@ -137,17 +139,25 @@ class Recipe:
         with torch.no_grad():
             empty = text(diffusion.token_ids(tokenizer, [""])).last_hidden_state
 
-        def batch(rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
-            clean, texts, _ = diffusion.batch_of(latents, pool.captions, count, rng)
+        importance = pool.importance(diffusion.Size().grid, self.settings.crack_importance)
+
+        def batch(rng: np.random.Generator) -> distill.Lesson:
+            clean, texts, chosen = diffusion.batch_of(latents, pool.captions, count, rng)
             with torch.no_grad():
                 states = text(diffusion.token_ids(tokenizer, texts)).last_hidden_state
-            return clean, states, empty.expand(count, -1, -1)
+            counts = torch.from_numpy(importance[chosen].astype(np.float32)).unsqueeze(1)
+            return distill.Lesson(clean, states, empty.expand(count, -1, -1), counts)
 
         distill.fit(
             unet,
             diffusion.scheduler(),
             batch,
-            recipe=distill.Recipe(skip=self.settings.distil_skip),
+            recipe=distill.Recipe(
+                rank=self.settings.distil_rank,
+                skip=self.settings.distil_skip,
+                low=self.settings.distil_low,
+                high=self.settings.distil_high,
+            ),
             plan=self.plan(self.settings.distil_steps, self.settings.distil_rate, 2),
             checkpoint=self.work / "distil.pt",
             bf16=self.settings.bf16,

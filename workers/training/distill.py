@@ -23,8 +23,19 @@ TARGETS = (
     "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
 )  # fmt: skip
 
-# Clean latents, their text states and the text states of an empty prompt, for one step.
-Batch = Callable[[np.random.Generator], tuple[Tensor, Tensor, Tensor]]
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """What one step learns from: latents (n, c, h, w), the text states of captions and of none (n, 77, width),
+    and how much each place counts (n, 1, h, w); without it all count alike."""
+
+    clean: Tensor
+    told: Tensor
+    untold: Tensor
+    importance: Tensor | None = None
+
+
+Batch = Callable[[np.random.Generator], Lesson]
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,10 +138,11 @@ def consistency(
     return consistent(noisy, draw.start), target
 
 
-def huber(made: Tensor, target: Tensor, turn: float) -> Tensor:
-    """Pseudo-Huber loss: square below `turn`, linear above."""
+def huber(made: Tensor, target: Tensor, turn: float, weight: Tensor | None = None) -> Tensor:
+    """Pseudo-Huber loss: square below `turn`, linear above. `weight` is broadcast to what was made."""
     off = made - target
-    return ((off.square() + turn**2).sqrt() - turn).mean()
+    each = (off.square() + turn**2).sqrt() - turn
+    return (each if weight is None else each * weight).mean()
 
 
 def attach(unet: UNet2DConditionModel, rank: int) -> None:
@@ -150,7 +162,11 @@ def fit(
     bf16: bool = True,
     say: Say = print,
 ) -> None:
-    """Train an adapter on `unet`, in place; the UNet's own weights stay as they are."""
+    """Train an adapter on `unet`, in place; the UNet's own weights stay as they are.
+
+    A loss that is linear in the error learns the median, and of a line a pixel wide that may lie here or there the
+    median is no line. So places that count more do so by how little noise there is, as they did for the teacher.
+    """
     torch.manual_seed(plan.seed)
     attach(unet, recipe.rank)
     solver = Solver(schedule.alphas_cumprod, schedule.config.prediction_type, recipe.solver, recipe.skip)
@@ -161,14 +177,15 @@ def fit(
         return guess.float()
 
     def step(_: int, rng: np.random.Generator) -> Tensor:
-        clean, states, empty = batch(rng)
+        lesson = batch(rng)
+        clean = lesson.clean
 
         def student(latents: Tensor, times: Tensor) -> Tensor:
-            return guess_of(latents, times, states)
+            return guess_of(latents, times, lesson.told)
 
         def teacher(latents: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
             unet.disable_adapters()
-            both = guess_of(latents.repeat(2, 1, 1, 1), times.repeat(2), torch.cat((states, empty)))
+            both = guess_of(latents.repeat(2, 1, 1, 1), times.repeat(2), torch.cat((lesson.told, lesson.untold)))
             unet.enable_adapters()
             asked, free = both.chunk(2)
             return asked, free
@@ -179,7 +196,10 @@ def fit(
             guidance=torch.empty(len(clean), 1, 1, 1).uniform_(recipe.low, recipe.high),
         )
         made, target = consistency(solver, clean, draw, student, teacher)
-        return huber(made, target, recipe.huber)
+        if lesson.importance is None:
+            return huber(made, target, recipe.huber)
+        alpha = solver.alphas[draw.start].view(-1, 1, 1, 1)
+        return huber(made, target, recipe.huber, 1 + (lesson.importance - 1) * alpha.square())
 
     unet.train()
     train(step, {"unet": unet}, plan, checkpoint, say=say)
