@@ -43,11 +43,11 @@ class Settings:
     pool: int = 20_000
     autoencoder_steps: int = 6_500
     autoencoder_rate: float = 1e-3
-    refine_steps: int = 4_000
+    refine_steps: int = 2_600
     refine_rate: float = 5e-4
     words_steps: int = 3_000
     words_rate: float = 1e-3
-    base_steps: int = 20_000
+    base_steps: int = 28_000
     base_rate: float = 7e-4
     base_batch: int = 16
     crack_importance: float = 5.0
