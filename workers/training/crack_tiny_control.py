@@ -130,6 +130,7 @@ def fit(folder: Path, work: Path, settings: Settings, *, minutes: float = math.i
             schedule.alphas_cumprod,
             kind=schedule.config.prediction_type,
             importance=torch.from_numpy(importance[chosen].astype(np.float32))[:, None],
+            placed=True,
             bf16=settings.bf16,
         )
 
