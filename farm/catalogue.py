@@ -154,7 +154,7 @@ def remove(conn: Connection, name: str) -> None:
 
 
 def install_default(conn: Connection, store: ObjectStore) -> None:
-    """Register the model that comes with the package, its LCM-LoRA, styles and ControlNets, unless they are there already.
+    """Register the model that comes with the package, its LCM-LoRA, styles and ControlNets, unless they are there.
 
     `style-night.safetensors` beside the model becomes the style adapter `crack-tiny-night`, and a folder `control-mask`
     the ControlNet `crack-tiny-mask`.
