@@ -44,8 +44,8 @@ class Settings:
     """Everything that fixes the result, apart from the model, library versions and the processor."""
 
     seed: int = 41
-    pictures: int = 4_000
-    steps: int = 1_500
+    pictures: int = 2_000
+    steps: int = 600
     rate: float = 4e-4
     batch: int = 16
     drop: float = 0.3
