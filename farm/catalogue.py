@@ -8,7 +8,7 @@ from uuid import UUID
 from sqlalchemy import Connection, RowMapping
 
 from farm.errors import Conflict, NotFound
-from farm.modelfiles import FoundModel, read_adapter, read_checkpoint
+from farm.modelfiles import FoundModel, read_adapter, read_checkpoint, read_controlnet
 from farm.queries import models as rows
 from farm.resolving import Catalogue, unknown
 from farm.tokens import TokenCounter
@@ -154,9 +154,10 @@ def remove(conn: Connection, name: str) -> None:
 
 
 def install_default(conn: Connection, store: ObjectStore) -> None:
-    """Register the model that comes with the package, its LCM-LoRA and its styles, unless they are there already.
+    """Register the model that comes with the package, its LCM-LoRA, styles and ControlNets, unless they are there.
 
-    `style-night.safetensors` beside the model becomes the style adapter `crack-tiny-night`.
+    `style-night.safetensors` beside the model becomes the style adapter `crack-tiny-night`, and a folder `control-mask`
+    the ControlNet `crack-tiny-mask`.
     """
     base = read_checkpoint(ASSETS)
     wanted = [(DEFAULT_CHECKPOINT, "checkpoint", base)]
@@ -164,6 +165,9 @@ def install_default(conn: Connection, store: ObjectStore) -> None:
     styles = sorted(ASSETS.glob("style-*.safetensors"))
     files += [(f"{DEFAULT_CHECKPOINT}-{path.stem.removeprefix('style-')}", "style", path) for path in styles]
     wanted += [(name, kind, read_adapter(path).of_family(base.family)) for name, kind, path in files]
+    for path in sorted(ASSETS.glob("control-*/")):
+        name = f"{DEFAULT_CHECKPOINT}-{path.name.removeprefix('control-')}"
+        wanted.append((name, "controlnet", read_controlnet(path).of_family(base.family)))
     present = {row["name"]: row["hash"] for row in rows.every(conn, EVERY)}
     for name, kind, found in wanted:
         if present.get(name) != found.hash:

@@ -37,3 +37,25 @@ def test_the_default_model_brings_its_styles(
         queue.do(catalogue.install_default, store)
         assert {one.name: one for one in queue.do(catalogue.list_adapters)} == found
         adapters = found
+
+
+def test_it_brings_its_controlnets_too(
+    queue: Queue, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assets = tmp_path / "crack-tiny"
+    shutil.copytree(catalogue.ASSETS, assets, ignore=shutil.ignore_patterns("style-*", "control-*"))
+    monkeypatch.setattr(catalogue, "ASSETS", assets)
+    queue.do(catalogue.install_default, store)
+    assert queue.do(catalogue.list_controlnets) == []
+    (base,) = queue.do(catalogue.list_checkpoints)
+    made = assets / "control-mask"
+    made.mkdir()
+    (made / "config.json").write_text('{"_class_name": "ControlNetModel"}')
+    save_file({"conv_in.weight": np.zeros((96, 8, 3, 3), np.float16)}, made / "diffusion_pytorch_model.safetensors")
+    queue.do(catalogue.install_default, store)
+    (net,) = queue.do(catalogue.list_controlnets)
+    assert (net.name, net.family, net.state) == ("crack-tiny-mask", "crack-tiny", "available")
+    stored = queue.do(catalogue.files, net.hash)
+    assert {file.path for file in stored} == {"config.json", "diffusion_pytorch_model.safetensors"}
+    assert all(store.exists(file.key) for file in stored)
+    assert queue.do(catalogue.list_checkpoints) == [base], "what lies in its folder is no part of the checkpoint"

@@ -194,15 +194,16 @@ def test_places_with_cracks_count_more(tmp_path: Path) -> None:
     unet: Any = Blank()
     clean = torch.zeros(4, 2, 8, 8)
 
-    def loss(alpha: float, importance: Tensor | None) -> float:
+    def loss(alpha: float, importance: Tensor | None, *, placed: bool = False) -> float:
         torch.manual_seed(0)
         alphas = torch.full((1000,), alpha)
-        return float(diffusion.denoising_loss(unet, clean, clean, alphas, importance=importance))
+        return float(diffusion.denoising_loss(unet, clean, clean, alphas, importance=importance, placed=placed))
 
     heavy = torch.full((4, 1, 8, 8), 3.0)
     assert loss(0.5, torch.ones(4, 1, 8, 8)) == pytest.approx(loss(0.5, None))
     # Where there is more noise than picture a crack is still to be placed, and counts like everything else.
     assert loss(1e-4, heavy) == pytest.approx(loss(1e-4, None), rel=1e-5)
+    assert loss(1e-4, heavy, placed=True) == pytest.approx(3 * loss(1e-4, None), rel=1e-5), "unless places are told"
     assert loss(0.9, heavy) == pytest.approx((1 + 2 * 0.9**2) * loss(0.9, None), rel=1e-5)
 
 

@@ -44,8 +44,8 @@ class Settings:
     """Everything that fixes the result, apart from the model, library versions and the processor."""
 
     seed: int = 41
-    pictures: int = 4_000
-    steps: int = 1_500
+    pictures: int = 2_000
+    steps: int = 600
     rate: float = 4e-4
     batch: int = 16
     drop: float = 0.3
@@ -130,6 +130,7 @@ def fit(folder: Path, work: Path, settings: Settings, *, minutes: float = math.i
             schedule.alphas_cumprod,
             kind=schedule.config.prediction_type,
             importance=torch.from_numpy(importance[chosen].astype(np.float32))[:, None],
+            placed=True,
             bf16=settings.bf16,
         )
 

@@ -162,6 +162,7 @@ def denoising_loss(
     *,
     kind: str = "v_prediction",
     importance: Tensor | None = None,
+    placed: bool = False,
     bf16: bool = True,
 ) -> Tensor:
     """How badly a UNet takes new noise out of `clean` (n, c, h, w), told the words `states` (n, 77, width).
@@ -169,7 +170,8 @@ def denoising_loss(
     `alphas` (1000,) is the schedule's cumulative product, `kind` what the UNet predicts: v_prediction or epsilon.
     `importance` (n, 1, h, w) says how much each place counts; without it all count alike. It counts by how little
     noise there is (alpha squared): where a crack is still to be placed, places that count more would be drawn
-    more often than they are true, and every wall got a net of cracks.
+    more often than they are true, and every wall got a net of cracks. `placed` says that the UNet is told the places:
+    then they count in full at every noise, most of all where the layout is decided.
     """
     noise = torch.randn_like(clean)
     # One timestep from each slice of the range: the loss jumps less from step to step.
@@ -190,7 +192,9 @@ def denoising_loss(
     else:
         raise TrainingError(f"prediction_type {kind!r} cannot be trained; epsilon and v_prediction can")
     weight = (certainty.clamp(max=5.0) / certainty).view(-1)
-    error = off.square() if importance is None else off.square() * (1 + (importance - 1) * alpha.square())
+    error = off.square()
+    if importance is not None:
+        error = error * (1 + (importance - 1) * (1.0 if placed else alpha.square()))
     total: Tensor = (error.mean((1, 2, 3)) * weight).mean()
     return total
 
