@@ -45,7 +45,7 @@ class Settings:
 
     seed: int = 41
     pictures: int = 2_000
-    steps: int = 600
+    steps: int = 400
     rate: float = 4e-4
     batch: int = 16
     drop: float = 0.3
