@@ -173,8 +173,9 @@ def install_default(conn: Connection, store: ObjectStore) -> None:
         if present.get(name) != found.hash:
             rows.remove(conn, name)
             put_files(conn, found)
-            upload_files(store, found)
             publish(conn, name=name, kind=kind, found=found)
+        # Also of a model that is known: the bucket may have been lost since.
+        upload_files(store, found)
 
 
 def _vae_view(row: RowMapping) -> VaeView:

@@ -89,16 +89,17 @@ def encode_animation(pixels: Pixels, *, fps: int, texts: Mapping[str, str]) -> b
     return out.getvalue()
 
 
-def decode_animation(webp: bytes, *, fps: int) -> Pixels:
+def decode_animation(webp: bytes, *, frames: int, fps: int) -> Pixels:
     """The frames that `encode_animation` wrote; equal ones in a row, which the format keeps as one, all of them."""
-    frames: list[Pixels] = []
+    found: list[Pixels] = []
     shown = 0
     with Image.open(io.BytesIO(webp)) as image:
         for frame in ImageSequence.Iterator(image):
             pixels = np.asarray(frame.convert("RGB"))
             shown += int(frame.info["duration"])
-            frames += [pixels] * (round(shown * fps / 1000) - len(frames))
-    return np.stack(frames)
+            found += [pixels] * (round(shown * fps / 1000) - len(found))
+    # Frames that are all equal are kept as a picture that is shown for no time.
+    return np.stack(found or [pixels] * frames)
 
 
 def difference(one: Pixels, other: Pixels) -> Difference:

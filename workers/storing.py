@@ -103,7 +103,8 @@ class Storing:
         except NotFound as error:
             raise NotFound("the picture to compare with is gone: its job was deleted") from error
         fps = job.recipe.fps
-        return difference(pixels, decode_animation(before, fps=fps) if fps else decode_png(before))
+        original = decode_animation(before, frames=len(pixels), fps=fps) if fps else decode_png(before)
+        return difference(pixels, original)
 
     def _encode(self, job: ClaimedJob, pixels: Pixels) -> tuple[StoredImage, bytes, bytes]:
         texts = metadata(job.recipe, names=job.names, labels=job.labels) if job.metadata else {}

@@ -61,6 +61,10 @@ def from_here(
     found = kind_of(path)
     told: Kind = TOLD.get(found, "style")
     chosen = kind or told
+    if chosen == "motion" and (others := wanted.get("profile", {}).keys() - {"acceleration"}):
+        raise typer.BadParameter(
+            f"{', '.join(sorted(others))}: a motion adapter's profile has acceleration only", param_hint="--profile"
+        )
     raw = read_raw(path, chosen, wanted.get("variant"))
     with servers(data_dir) as (database, store, configured):
         with database.transaction() as conn:

@@ -89,7 +89,9 @@ def jobs(
     limit: Limit = 50,
     as_json: AsJson = False,
 ) -> None:
-    """List jobs; with --failed, what they failed of."""
+    """List jobs; with --failed, what they failed of, of all of them."""
+    if failed and state:
+        raise typer.BadParameter("--failed has a state already: failed", param_hint="--state")
     with connect(data_dir) as farm:
         if failed:
             wanted = farm.jobs(state=[JobState.FAILED], labels=labels_of(label), batch=batch, page=failures.PAGE)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from farm.cli.display import ago, json_line, table
-from farm.errors import Conflict, NotFound
+from farm.errors import Conflict, FarmError, NotFound
 from farm.states import JobState
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ def show(found: "Iterable[JobView]", as_json: bool) -> None:
     for job in found:
         cause = causes.setdefault(_code(job), _Cause(_code(job), 0, job))
         cause.jobs += 1
+        if job.finished_at and cause.latest.finished_at and job.finished_at > cause.latest.finished_at:
+            cause.latest = job
     ranked = sorted(causes.values(), key=lambda cause: -cause.jobs)
     if as_json:
         for cause in ranked:
@@ -55,20 +57,27 @@ def show(found: "Iterable[JobView]", as_json: bool) -> None:
 
 
 def retry(farm: "Farm", *, cause: str | None, labels: Mapping[str, str], batch: str | None, as_json: bool) -> None:
-    """Queue failed jobs again: all, or those of one cause. What somebody else changed meanwhile is left out."""
-    done = 0
+    """Queue failed jobs again: all, or those of one cause. Says how many, and how many could not be, and why."""
+    done, left = 0, 0
+    why: FarmError | None = None
     for job in farm.jobs(state=[JobState.FAILED], labels=labels, batch=batch, page=PAGE):
         if cause is not None and _code(job) != cause:
             continue
         try:
             view = farm.retry_job(job)
-        except (Conflict, NotFound):
+        except (Conflict, NotFound) as error:
+            left, why = left + 1, error
             continue
+        except FarmError:
+            typer.echo(f"{done} jobs queued again before this:", err=True)
+            raise
         done += 1
         if as_json:
             json_line(view)
+    if why is not None:
+        typer.echo(f"{left} jobs could not be queued again, the last because {why.message}", err=True)
     if not as_json:
-        typer.echo(f"{done} jobs queued again" if done else "No such job failed.")
+        typer.echo(f"{done} jobs queued again" if done or left else "No such job failed.")
 
 
 def _code(job: "JobView") -> str:

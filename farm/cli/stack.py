@@ -63,17 +63,17 @@ def status(data_dir: DataDir = DATA_DIR, as_json: AsJson = False) -> None:
             lanes, workers = farm.queue(), farm.workers()
     except FarmError as error:
         failure = error
+    # An API that does not answer is no empty queue: the error that follows says what is wrong.
     if as_json:
         json_line(
             {
                 "services": services,
-                "lanes": [lane.model_dump(mode="json") for lane in lanes],
-                "workers": [worker.model_dump(mode="json") for worker in workers],
+                "lanes": None if failure else [lane.model_dump(mode="json") for lane in lanes],
+                "workers": None if failure else [worker.model_dump(mode="json") for worker in workers],
             }
         )
     else:
         _show_services(services)
-        # An API that does not answer is no empty queue: the error that follows says what is wrong.
         if failure is None:
             _show_work(lanes, workers)
     if failure is not None:

@@ -156,6 +156,8 @@ def _warm_view(pipeline: Mapping[str, Any], names: Mapping[str, str]) -> dict[st
         "checkpoint": names.get(checkpoint, checkpoint),
         "adapters": named("adapters"),
         "slots": named("slots"),
+        "controlnets": named("controlnets"),
+        "motions": named("motions"),
     }
 
 

@@ -11,6 +11,7 @@ from sqlalchemy import Connection, RowMapping
 
 from farm import limits, scheduling, telling
 from farm.backoff import backoff
+from farm.errors import Unavailable
 from farm.jobs.taking import Place, take_any, take_one_set
 from farm.objects import attempt_prefix
 from farm.queries import claiming, finishing
@@ -120,7 +121,8 @@ def claim(
     now: datetime | None = None,
     random: Random = _choices,
 ) -> Claimed | None:
-    """Take up to `limit` jobs of one lane, or answer None when nothing is claimable.
+    """Take up to `limit` images of one lane, or answer None when nothing is claimable. An animation is as many images
+    as it has frames, and one at least is taken.
 
     They share one adapter set, unless the worker says that it mixes them (`warm.mixes`).
     Asked again with a known `claim_id` (the answer of the first COMMIT was lost), it answers the same jobs.
@@ -148,11 +150,14 @@ def claim(
         if room:
             taken = limits.startable(conn, taken)
         if taken:
-            started = claiming.start(conn, claim=claim_id, worker=worker, ids=taken, lease=settings.lease, now=now)
+            started = claiming.start(
+                conn, claim=claim_id, worker=worker, ids=taken, limit=limit, lease=settings.lease, now=now
+            )
         if short:
             claiming.settle_heads(conn, short)
         if taken:
-            return _claimed(claim_id, started, more=len(rows) > len(short) or len(taken) >= limit)
+            more = len(rows) > len(short) or len(taken) >= limit or len(started) < len(taken)
+            return _claimed(claim_id, started, more=more)
     return None
 
 
@@ -277,6 +282,9 @@ def _move(row: RowMapping, result: Result, settings: Settings, now: datetime) ->
             state = JobState.FAILED
         case Outcome.CANCELLED:
             state = JobState.CANCELLED
+        case Outcome.RETRY if result.error_code == Unavailable.code:
+            # A server's absence is no fault of the job, however often it is met.
+            run_at = now + backoff(row["attempt"], settings.retry_backoff, settings.retry_backoff_max, _jitter)
         case Outcome.RETRY:
             failures += 1
             if failures >= settings.max_failures:

@@ -140,7 +140,10 @@ _START = text("""
         INSERT INTO claims (id, worker_id, lease_until, created_at) VALUES (:claim, :worker, :now + :lease, :now)
     ), moved AS (
         UPDATE jobs SET state = 'running', attempt = attempt + 1, started_at = :now
-        WHERE id = ANY(:ids) RETURNING id, segment_id, batch_id, project_id, number, attempt, alone
+        -- An animation counts as its frames, and all jobs of a lane have as many.
+        WHERE id = ANY((CAST(:ids AS uuid[]))[1 : GREATEST(1, :limit / COALESCE((
+            SELECT CAST(body ->> 'frames' AS int) FROM recipes WHERE job_id = (CAST(:ids AS uuid[]))[1]), 1))])
+        RETURNING id, segment_id, batch_id, project_id, number, attempt, alone
     ), tried AS (
         INSERT INTO attempts (job_id, number, claim_id, started_at) SELECT id, attempt, :claim, :now FROM moved
     ), counted AS (
@@ -258,10 +261,13 @@ def take(conn: Connection, segment: Any, *, adapter_set: str | None, limit: int,
 
 
 def start(
-    conn: Connection, *, claim: UUID, worker: UUID, ids: Sequence[UUID], lease: timedelta, now: datetime
+    conn: Connection, *, claim: UUID, worker: UUID, ids: Sequence[UUID], limit: int, lease: timedelta, now: datetime
 ) -> Sequence[RowMapping]:
-    """Turn locked jobs to running inside a new claim, with their next attempts; answers what to render."""
-    parameters = {"claim": claim, "worker": worker, "ids": list(ids), "lease": lease, "now": now}
+    """Turn locked jobs of one lane to running inside a new claim, with their next attempts; answers what to render.
+
+    Of animations only the first so many as have `limit` frames together, but one at least.
+    """
+    parameters = {"claim": claim, "worker": worker, "ids": list(ids), "limit": limit, "lease": lease, "now": now}
     return conn.execute(_START, parameters).mappings().all()
 
 

@@ -117,13 +117,18 @@ def test_an_id_may_be_a_batch_or_a_job(run: Run, fake: FakeFarm) -> None:
 
 def test_failed_jobs_are_grouped_by_cause_and_retried_by_it(run: Run, fake: FakeFarm) -> None:
     codes = ["out-of-memory", "quarantined", "out-of-memory"]
-    failed = [job_document(n, state="failed", error={"code": code, "message": f"{n}!"}) for n, code in enumerate(codes)]
+    failed = [
+        job_document(
+            n, state="failed", error={"code": code, "message": f"{n}!"}, finished_at=f"2026-01-0{n + 1}T00:00:00Z"
+        )
+        for n, code in enumerate(codes)
+    ]
     fake.on("GET", f"{API}/jobs", page(*failed))
     for job in failed:
         fake.on("POST", f"{API}/jobs/{job['id']}/retry", Reply(body=job | {"state": "queued"}))
     lines = [orjson.loads(line) for line in run("jobs", "--failed", "--json").stdout.splitlines()]
     assert [(line["cause"], line["jobs"]) for line in lines] == [("out-of-memory", 2), ("quarantined", 1)]
-    assert lines[0]["latest"] == failed[0]["id"]
+    assert lines[0]["latest"] == failed[2]["id"]
     assert fake.asked[0].query["state"] == ["failed"]
     assert "out-of-memory" in run("jobs", "--failed").stdout
     assert run("retry", "--failed", "--cause", "out-of-memory").stdout == "2 jobs queued again\n"
@@ -131,6 +136,18 @@ def test_failed_jobs_are_grouped_by_cause_and_retried_by_it(run: Run, fake: Fake
     assert retried == [f"{API}/jobs/{job['id']}/retry" for job in (failed[0], failed[2])]
     assert run("retry", "--failed").stdout == "3 jobs queued again\n"
     assert run("retry", "--failed", "--cause", "boredom").stdout == "No such job failed.\n"
+    assert run("jobs", "--failed", "--state", "queued").exit_code == Exit.USAGE
+
+
+def test_failed_jobs_that_cannot_be_retried_are_told_of(run: Run, fake: FakeFarm) -> None:
+    failed = [job_document(n, state="failed", error={"code": "quarantined", "message": "!"}) for n in range(3)]
+    fake.on("GET", f"{API}/jobs", page(*failed))
+    fake.on("POST", f"{API}/jobs/{failed[0]['id']}/retry", Reply(body=failed[0] | {"state": "queued"}))
+    for job in failed[1:]:
+        fake.on("POST", f"{API}/jobs/{job['id']}/retry", problem(409, "conflict", "its batch is being cancelled"))
+    result = run("retry", "--failed")
+    assert result.stdout == "1 jobs queued again\n"
+    assert "2 jobs could not be queued again, the last because its batch is being cancelled" in result.stderr
 
 
 @pytest.mark.parametrize("arguments", [[], ["--failed", "x"], ["x", "--cause", "y"]])

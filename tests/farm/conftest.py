@@ -15,7 +15,7 @@ from farm.queries import claiming
 from farm.resolving import Catalogue
 from farm.settings import Settings
 from farm.states import Outcome
-from farm.views import AdapterView, BatchView, CheckpointView
+from farm.views import AdapterView, BatchView, CheckpointView, MotionView
 
 
 def catalogue() -> Catalogue:
@@ -48,7 +48,13 @@ def catalogue() -> Catalogue:
             "night": lora("night", "e", "crack-tiny", "style"),
             "big": lora("big", "f", "sdxl", "style"),
         },
-    )
+        motions={
+            "wind": MotionView(
+                name="wind", hash="1" * 64, family="crack-tiny", state="available", bytes=1, created_at=now,
+                max_frames=16, acceleration=None,
+            )
+        },
+    )  # fmt: skip
 
 
 class Queue:

@@ -206,6 +206,30 @@ def test_failures_back_off_and_end(queue: Queue) -> None:
     assert queue.counts(batch) == {"failed": 1}
 
 
+def test_an_outage_is_no_failure_of_the_job(queue: Queue) -> None:
+    batch = queue.submit(1)
+    for number in range(1, 2 * queue.settings.max_failures):
+        claimed = queue.claim(now=later(queue, 3600 * number))
+        assert claimed is not None
+        queue.finish(claimed, Outcome.RETRY, "unavailable")
+        assert queue.claim() is None, "backoff keeps it from being claimed at once"
+    assert queue.counts(batch) == {"queued": 1}
+    assert queue.do(lambda conn: conn.execute(text("SELECT failures FROM jobs")).scalar_one()) == 0
+
+
+def test_an_animation_counts_as_its_frames(queue: Queue) -> None:
+    batch = queue.submit([{"prompt": "a", "motion": "wind", "frames": 4, "seed": n} for n in range(5)])
+    for number in (2, 2, 1):
+        claimed = queue.claim(limit=8)
+        assert claimed is not None
+        assert (len(claimed.jobs), claimed.more) == (number, number == 2)
+    assert queue.counts(batch) == {"running": 5}
+    queue.submit([{"prompt": "a", "motion": "wind", "frames": 4}])
+    claimed = queue.claim(limit=3)
+    assert claimed is not None
+    assert len(claimed.jobs) == 1, "one at least"
+
+
 def test_giving_back_spends_nothing(queue: Queue) -> None:
     batch = queue.submit(1)
     for _ in range(10):

@@ -102,6 +102,15 @@ def test_steps_are_told_once_when_the_slowest_part_has_done_them() -> None:
     assert (pace.kept(one), pace.kept(other)) == ([], [2])
 
 
+def test_when_one_part_fails_the_others_stop() -> None:
+    told: list[int] = []
+    pace = Pace(lambda step, _: told.append(step) or (), [slice(0, 2), slice(2, 4)])
+    going = pace.of(slice(2, 4))
+    assert going(1, 9)
+    pace.failed()
+    assert not going(2, 9)
+
+
 @pytest.mark.parametrize(("model", "guidance"), [("sd", 1.0), ("sd", 3.0), ("sdxl", 3.0)])
 def test_the_same_pictures_on_one_core_and_on_two(fetch: Fetch, model: str, guidance: float) -> None:
     recipes = [recipe(checkpoint=model, seed=seed, guidance_scale=guidance) for seed in range(3)]

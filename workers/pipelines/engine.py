@@ -161,23 +161,26 @@ class Engine:
 
     def warm(self) -> list[dict[str, Any]]:
         """What is on the device: per checkpoint its adapters, lanes, measured bytes, load seconds and renders."""
-        lanes = self.warm_state().lanes
-        return [
-            {
+        # Heartbeats ask in their own thread, while rendering changes all of this: copies first.
+        known, lanes = dict(self._lanes), self.warm_state().lanes
+        told = []
+        for entry in self._residents.resident():
+            nets = dict(entry.loaded.nets)
+            one = {
                 "checkpoint": entry.checkpoint,
-                "lanes": [lane for lane in lanes if self._lanes[lane][0] == entry.checkpoint],
+                "lanes": [lane for lane in lanes if lane in known and known[lane][0] == entry.checkpoint],
                 "adapters": [{"hash": hash_, "weight": weight} for hash_, weight in entry.loaded.merger.uses],
                 "adapter_set": entry.adapter_set,
                 "slots": [{"hash": hash_} for hash_ in entry.loaded.slots.resident],
-                "controlnets": [{"hash": hash_} for hash_, net in entry.loaded.nets.items() if not is_motion(net)],
-                "motions": [{"hash": hash_} for hash_, net in entry.loaded.nets.items() if is_motion(net)],
+                "controlnets": [{"hash": hash_} for hash_, net in nets.items() if not is_motion(net)],
+                "motions": [{"hash": hash_} for hash_, net in nets.items() if is_motion(net)],
                 "bytes": entry.bytes,
                 "pristine_bytes": entry.loaded.merger.bytes,
                 "load_seconds": round(entry.loaded.load_seconds, 3),
                 "renders": entry.renders,
             }
-            for entry in self._residents.resident()
-        ]
+            told.append(one)
+        return told
 
     def cache(self) -> dict[str, Any]:
         """How well the cache serves: hit rates, load seconds, bytes within budgets, what waits in host memory."""

@@ -61,7 +61,13 @@ def render(
 
     def drawn(part: slice) -> list[Callable[[], Decoded]]:
         own = None if chosen is None else chosen.of(part)
-        latents = _denoised(pipeline, unet, vae, recipes[part], told[part], own, guides[part], pace.of(part), device)
+        try:
+            latents = _denoised(
+                pipeline, unet, vae, recipes[part], told[part], own, guides[part], pace.of(part), device
+            )
+        except BaseException:
+            pace.failed()
+            raise
         kept = pace.kept(part)
         if latents is None or not kept:
             return []
@@ -88,6 +94,7 @@ class Pace:
         self._on_step = on_step
         self._done = {part.start: 0 for part in parts}
         self._told = 0
+        self._failed = False
         self._lock = Lock()
         self.dropped: set[int] = set()
 
@@ -96,6 +103,8 @@ class Pace:
 
         def after_step(done: int, steps: int) -> bool:
             with self._lock:
+                if self._failed:
+                    return False
                 self._done[part.start] = done
                 while self._told < min(self._done.values()):
                     self._told += 1
@@ -107,6 +116,11 @@ class Pace:
                 return False
 
         return after_step
+
+    def failed(self) -> None:
+        """One part is lost, and the others with it: they stop at their next step, or nobody would hear of theirs."""
+        with self._lock:
+            self._failed = True
 
     def kept(self, part: slice) -> list[int]:
         """The rows of a part that nobody has dropped so far."""
