@@ -36,6 +36,7 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
+        self.clock = time.process_time if options.processor_time else time.perf_counter
         self.device = torch.device(options.device)
         self.dtype = getattr(torch, options.dtype)
         self.model: Model = build(options.model, self.device, self.dtype)
@@ -57,7 +58,7 @@ class Bench:
 
     def seconds(self, call: Callable[[], Any], repeats: int) -> float:
         """The median of `repeats` runs after two that do not count."""
-        clock = time.process_time if self.options.processor_time else time.perf_counter
+        clock = self.clock
         for _ in range(2):
             call()
         found = []

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -88,17 +87,18 @@ def flops_of(bench: Bench) -> float:
     return float(text_and_vae + STEPS * counter.get_total_flops())
 
 
-def flop_limit(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of one large matrix product: what this device can do at most."""
+def flop_limit(bench: Bench) -> float:
+    """Operations a second of one large matrix product, by the clock of the rungs: what this device can do at most."""
+    device, dtype = bench.device, bench.dtype
     side = 8192 if device.type == "cuda" else 1024
     one, other = (torch.randn((side, side), device=device, dtype=dtype) for _ in range(2))
     best = 0.0
     for _ in range(10):
-        start = time.perf_counter()
+        bench.finish()
+        start = bench.clock()
         one @ other
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        best = max(best, 2 * side**3 / (time.perf_counter() - start))
+        bench.finish()
+        best = max(best, 2 * side**3 / (bench.clock() - start))
     return best
 
 
@@ -175,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         # A model of its own for each: what one part did to the weights must not be in the next.
         bench = Bench(options)
         if part == "ladder":
-            limit = None if options.no_limit else flop_limit(bench.device, bench.dtype)
+            limit = None if options.no_limit else flop_limit(bench)
             found["flop_limit"] = limit
             found["ladder"] = ladder(bench, limit)
         else:
