@@ -61,6 +61,7 @@ def several(names: list[str], options: argparse.Namespace) -> int:
         command += ["--seed", str(options.seed), "--quiet"]
         return subprocess.run(command, env=os.environ, check=False).returncode
 
+    names = sorted(names, key=lambda name: -ROWS[name].lasts)
     with ThreadPoolExecutor(options.parallel) as threads:
         statuses = list(threads.map(run, names))
     failed = [name for name, status in zip(names, statuses, strict=True) if status]
