@@ -21,6 +21,7 @@ from typing import Any
 import orjson
 
 from farm.stack import embedded_servers
+from tests.chaos.processes import ENGINE, PRELOAD
 from tests.chaos.rows import ROWS
 from tests.chaos.suite import Size, run_row
 
@@ -36,6 +37,8 @@ def one(name: str, size: Size, seed: int, changes: dict[str, Any]) -> int:
     with tempfile.TemporaryDirectory(prefix="farm-chaos-") as place:
         Path(place).chmod(0o711)
         row = ROWS[name]
+        if row.real:
+            PRELOAD.append(ENGINE)
         if changes:
             row = row.with_sizes(size, changes)
         with embedded_servers(Path(place) / "data") as servers:
@@ -61,6 +64,7 @@ def several(names: list[str], options: argparse.Namespace) -> int:
         command += ["--seed", str(options.seed), "--quiet"]
         return subprocess.run(command, env=os.environ, check=False).returncode
 
+    names = sorted(names, key=lambda name: -ROWS[name].lasts)
     with ThreadPoolExecutor(options.parallel) as threads:
         statuses = list(threads.map(run, names))
     failed = [name for name, status in zip(names, statuses, strict=True) if status]
@@ -71,7 +75,9 @@ def several(names: list[str], options: argparse.Namespace) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--row", action="append", choices=list(ROWS), help="may be given again; all unless given")
+    parser.add_argument(
+        "--row", action="append", choices=list(ROWS), help="may be given again; all but the soak unless given"
+    )
     parser.add_argument("--size", choices=("short", "ci", "large"), default="ci")
     parser.add_argument("--seed", type=int, help="of what is random in the faults; drawn and told unless given")
     parser.add_argument("--parallel", type=int, default=1, help="rows at a time, each with servers of its own")
@@ -80,7 +86,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.seed is None:
         options.seed = random.randrange(10**6)
-    names = options.row or list(ROWS)
+    names = options.row or [name for name, row in ROWS.items() if not row.named]
     changes = {name: orjson.loads(value) for name, value in (pair.split("=", 1) for pair in options.set)}
     began = time.monotonic()
     if not options.quiet:

@@ -8,7 +8,7 @@ import atexit
 import os
 from dataclasses import dataclass, field
 from threading import Condition, Lock, Thread
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -22,6 +22,8 @@ from farm.settings import Settings
 TASK = "farm.render"
 PATIENCE_SECONDS = 1.0
 """How long one exchange with the broker may take when ringing."""
+AWAY_SECONDS = 1.0
+"""How long a broker that did not answer is left alone. What is wished for meanwhile waits for the next try."""
 MOST_WAITING = 64
 """Messages waiting in one pool at most. Whoever hears one rings on if work is left, so few are enough for thousands."""
 WORKER_TIMEOUT_SECONDS = 15.0
@@ -142,6 +144,7 @@ class _Ringer:
             return self._changed.wait_for(lambda: not (self._rings or self._cancel or self._busy), seconds)
 
     def _run(self) -> None:
+        away = False
         while True:
             with self._changed:
                 self._busy = False
@@ -157,7 +160,17 @@ class _Ringer:
                 for pool, times in rings.items():
                     self._ring(pool, times)
             except Exception as error:  # noqa: BLE001  # whatever a broken broker raises, the next ring is tried again
-                log.warning("doorbell not rung", error=repr(error)[:300], seconds=round(monotonic() - started, 3))
+                # One line for an outage: a try and a line for every submission would take the processor from requests.
+                if not away:
+                    seconds = round(monotonic() - started, 3)
+                    log.warning("doorbell not rung, and none until the broker answers", error=repr(error)[:300],
+                                seconds=seconds)  # fmt: skip
+                away = True
+                sleep(AWAY_SECONDS)
+            else:
+                if away:
+                    log.info("doorbells ring again")
+                away = False
 
     def _ring(self, pool: str, times: int) -> None:
         queue = queue_of(pool)

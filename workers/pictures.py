@@ -15,6 +15,9 @@ from typing import Any
 
 import numpy as np
 import orjson
+
+# Writes WebP. Without it Pillow would import every format it knows, PDF too, at the first save: 0.12 s of a start.
+import PIL.WebPImagePlugin  # noqa: F401
 from numpy.typing import NDArray
 from PIL import Image, ImageSequence
 

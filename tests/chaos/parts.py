@@ -9,8 +9,10 @@ import time
 import traceback
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 
+import boto3
 import botocore.loaders
 
 import api.main
@@ -25,11 +27,22 @@ from tests.stub_worker import StubRenderer
 from workers import main as worker_main
 from workers.pictures import Pixels
 
+LATE = (
+    "celery.app.control", "celery.app.events", "celery.concurrency.thread", "celery.events.receiver",
+    "celery.fixups.django", "celery.loaders.default", "celery.worker.autoscale", "celery.worker.components",
+    "celery.worker.consumer", "celery.worker.pidbox", "celery.worker.strategy", "encodings.idna",
+    "kombu.transport.redis", "numpy.random", "workers.broker",
+)  # fmt: skip
+"""What processes of the farm import only when they need it, and all of them do."""
+
+# What every process of a run would read and sort out anew, a thousand times: late imports, the description of S3 (which
+# making a client reads), and all that has been imported, which no collection of garbage in a forked process has to look
+# at again.
+for _name in LATE:
+    import_module(_name)
 _loader = botocore.loaders.create_loader()
-_loader.load_service_model("s3", "service-2")
-# What every process of a run would read and sort out anew, a thousand times: the description of S3, and all that has
-# been imported, which no collection of garbage in a forked process has to look at again.
 botocore.loaders.create_loader = lambda *_: _loader
+boto3.session.Session().client("s3", region_name="x", aws_access_key_id="x", aws_secret_access_key="x")
 gc.collect()
 gc.freeze()
 

@@ -17,6 +17,8 @@ from tests.chaos.faults import Faults
 PRELOAD = ["tests.chaos.rows", "tests.chaos.parts"]
 """The rows too: multiprocessing has every forked process read the run's own main module again, and what that imports
 would cost a second for each."""
+ENGINE = "tests.chaos.engine"
+"""To be added to PRELOAD before the first process starts, where workers with the real renderer are among them."""
 PR_SET_PDEATHSIG = 1
 
 

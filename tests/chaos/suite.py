@@ -21,7 +21,9 @@ class Row:
     """One row: what it does to a farm whose API and sweeper run, with how much for each size.
 
     `production`: the large run has the timers as they are shipped. `settings`: what else the farm is set to.
-    `alone`: the row makes its own farms, by `make`, which takes settings as `Chaos` does.
+    `alone`: the row makes its own farms, by `make`, which takes settings as `Chaos` does. `lasts`: about how many
+    seconds at CI size; where several run at a time, the longest begin first, or one would be left to itself at the end.
+    `named`: run only where it is asked for by its name.
     """
 
     fault: str
@@ -32,6 +34,8 @@ class Row:
     production: bool = False
     real: bool = False
     alone: bool = False
+    lasts: float = 0.0
+    named: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def sizes(self, size: Size) -> dict[str, Any]:

@@ -5,8 +5,10 @@ import signal
 import time
 from datetime import UTC, datetime, timedelta
 from os import kill
+from threading import Semaphore
 
 import pytest
+import structlog
 from pydantic import SecretStr
 from redis import Redis
 
@@ -71,6 +73,43 @@ def test_a_broker_that_refuses_raises_nothing_and_blocks_nobody(settings: Settin
         doorbell.ring(away, away.pool)
         doorbell.hint_cancel(away)
     assert time.monotonic() - began < 1
+
+
+def test_an_outage_is_told_once_and_not_tried_for_every_ring(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str] = []
+    gone = True
+    resting, rested = Semaphore(0), Semaphore(0)
+
+    def tell(_: object, pool: str, times: int) -> None:
+        tried.append(pool)
+        if gone:
+            raise ConnectionError("the broker is away")
+
+    def rest(seconds: float) -> None:
+        resting.release()
+        assert rested.acquire(timeout=30)
+
+    monkeypatch.setattr(doorbell._Ringer, "_ring", tell)
+    monkeypatch.setattr(doorbell, "sleep", rest)
+    away = settings.model_copy(update={"redis_prefix": f"{settings.redis_prefix}outage:"})
+    with structlog.testing.capture_logs() as lines:
+        for _ in range(2):
+            doorbell.ring(away, "default")
+            assert resting.acquire(timeout=30)
+            # What is asked for meanwhile waits for the next try, as one.
+            for pool in ("default",) * 50 + ("later",) * 50:
+                doorbell.ring(away, pool)
+            rested.release()
+        assert resting.acquire(timeout=30)
+        assert tried == ["default"] * 3
+        gone = False
+        doorbell.ring(away, "later")
+        rested.release()
+        assert doorbell.flush(away, 30)
+    assert tried == ["default"] * 3 + ["later"]
+    assert [line["log_level"] for line in lines] == ["warning", "info"]
 
 
 def test_a_frozen_broker_blocks_nobody_and_is_rung_again_when_it_thaws(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,13 @@ pytestmark = pytest.mark.timeout(300)
 def project(bench: Bench) -> Any:
     made = bench.do(keys.create_key, project="cracks", name="test", scopes=["admin"])
     return bench.do(keys.authenticate, made.key).project_id
+
+
+def sha256_of(bench: Bench, job: Any) -> str:
+    """Of the pixels alone: what a picture says of itself names its job."""
+    key = bench.do(jobs.image_of, project(bench), job.id).key
+    with Image.open(io.BytesIO(bench.store.get(key))) as image:
+        return sha256(image.tobytes()).hexdigest()
 
 
 def render(bench: Bench, **fields: Any) -> tuple[Any, dict[str, Any]]:
@@ -229,6 +237,7 @@ def test_refused_adapters_name_file_key_and_reason(
 ) -> None:
     bench.add("toy", sd_folder, profile=PROFILE)
     before = set(bench.store.listing("models/", 1000))
+    first = sha256_of(bench, render(bench, checkpoint="toy", acceleration="none")[0])
 
     made = toys.changes(style_layers)
     good = load_file(toys.kohya(tmp_path / "good.safetensors", made))
@@ -237,7 +246,7 @@ def test_refused_adapters_name_file_key_and_reason(
         "nan": ({**good, down: torch.full_like(good[down], float("nan"))}, "holds NaN"),
         "dora": ({**good, down.replace("lora_down.weight", "dora_scale"): torch.ones(16)}, "DoRA is not supported"),
         "foreign": ({"lora_unet_nowhere.lora_down.weight": torch.ones(4, 16)}, "no such layer"),
-        "rank": ({**good, down: torch.ones(600, 16)}, "rank 600 is over the limit"),
+        "rank": ({**good, down: torch.ones(65_536, 16)}, "rank 65536 is over the limit"),
     }
     for name, (tensors, reason) in cases.items():
         file = tmp_path / f"{name}.safetensors"
@@ -246,6 +255,7 @@ def test_refused_adapters_name_file_key_and_reason(
         assert f"{name}.safetensors: " in told
         assert reason in told
     assert [view.name for view in bench.do(catalogue.list_adapters)] == []
+    assert sha256_of(bench, render(bench, checkpoint="toy", acceleration="none")[0]) == first, "the next picture"
     # What refused files left in S3 goes with the sweeper.
     bench.do(lambda conn: conn.execute(text("UPDATE doomed_objects SET delete_after = clock_timestamp()")))
     sweeper = Sweeper(bench.settings, bench.database, bench.store)

@@ -5,6 +5,7 @@ import signal
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 from pydantic import SecretStr
 
@@ -26,13 +27,24 @@ def directory(tmp_path: Path) -> DataDir:
     return made
 
 
-def test_flower_leaves_when_it_is_asked(directory: DataDir, settings: Settings) -> None:
+def test_flower_shows_those_with_the_password_and_leaves_when_it_is_asked(
+    directory: DataDir, settings: Settings
+) -> None:
+    settings = settings.model_copy(update={"flower_password": SecretStr("for looking only")})
     port = free_port()
     service = Service(programs.flower(directory, environment_of(settings), settings, port))
     service.start()
     answers = service.program.answers
     assert answers is not None
     assert answers()
+    page = f"http://{LOOPBACK}:{port}"
+    for password in ("", "wrong"):
+        assert httpx.get(page, auth=(settings.flower_user, password)).status_code == 401
+    assert httpx.get(f"{page}/api/workers").status_code == 401
+    mine = (settings.flower_user, "for looking only")
+    assert httpx.get(page, auth=mine).status_code == 200
+    for order in ("worker/shutdown/any", "worker/pool/restart/any", "task/async-apply/farm.render", "task/revoke/any"):
+        assert httpx.post(f"{page}/api/{order}", auth=mine, json={}).status_code in {403, 404, 405}, order
     assert service.stop(grace=30.0), (directory.logs / "flower.log").read_text()
     assert service.exit_code == 0
     assert not answers()

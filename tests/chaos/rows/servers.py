@@ -23,11 +23,12 @@ GARBAGE = (b"\xff\xfe", "not json", "42", "[]", "null", "{}", '{"body": 1, "prop
 
 
 def trouble_the_broker(
-    chaos: Chaos, *, restarts: int, every: float, down: float, each: int, pause: float, normal: float
+    chaos: Chaos, *, restarts: int, every: float, down: float, turns: int, each: int, pause: float, normal: float
 ) -> None:
     """R3. The broker is killed and comes back empty, is down, frozen, full, emptied, and filled with garbage.
 
-    `down`: seconds for which it is away once. `each`: how often it has each of the other troubles, for `pause` seconds.
+    `down`: seconds for which it is away, `turns` times, between `normal` seconds. `each`: how often it has each of the
+    other troubles, for `pause` seconds.
     """
     broker = chaos.servers.valkey
     assert broker is not None
@@ -40,34 +41,42 @@ def trouble_the_broker(
             revive(chaos, broker)
             chaos.figures.add("broker kills")
             time.sleep(every)
-        # Beside normal: what is normal is measured right before and right after, as machines have their moods.
-        trickle.phase = "normal"
-        time.sleep(normal / 2)
-        trickle.phase = "gone"
-        crash(broker, signal.SIGKILL)
-        gone_at = chaos.ask("SELECT clock_timestamp() AS moment")[0].moment
-        time.sleep(down)
-        moved = chaos.ask("SELECT count(*) AS n FROM chaos_moves WHERE at > :at AND new = 'succeeded'", at=gone_at)[0].n
-        revive(chaos, broker)
-        if not moved:
-            chaos.fail(f"nothing was rendered in {down:.0f} s without a broker")
-        chaos.figures.add("rendered without a broker", moved)
-        trickle.phase = "normal"
-        time.sleep(normal / 2)
+        for _ in range(turns):
+            # Beside normal: what is normal is measured right before and right after, as machines have their moods.
+            trickle.phase = "normal"
+            time.sleep(normal / 2)
+            trickle.phase = "gone"
+            _go_away(chaos, broker, down)
+            trickle.phase = "normal"
+            time.sleep(normal / 2)
         trickle.phase = "others"
         for _ in range(each):
-            for trouble in (_freeze, _fill, _flush, _litter):
+            for trouble in (freeze_broker, fill_broker, empty_broker, litter_broker):
                 trouble(chaos, broker, pause)
-                chaos.figures.add(trouble.__name__.strip("_"))
+                chaos.figures.add(trouble.__name__.removesuffix("_broker"))
     chaos.until_done(120)
     slowest = chaos.ask("SELECT max(extract(epoch FROM started_at - created_at)) AS s FROM jobs WHERE attempt = 1")[0].s
     chaos.figures.add("slowest claim s", float(slowest))
     for phase in ("normal", "gone"):
         chaos.figures.add(f"submissions {phase}", len(trickle.seconds.get(phase, [])))
-        chaos.figures.add(f"p99 {phase} ms", trickle.p99(phase) * 1000)
-    chaos.figures.add("p99 gone to normal", trickle.p99("gone") / trickle.p99("normal"))
+        chaos.figures.add(f"p50 {phase} ms", trickle.percentile(phase, 50) * 1000)
+        chaos.figures.add(f"p99 {phase} ms", trickle.percentile(phase, 99) * 1000)
+    chaos.figures.add("p99 gone to normal", trickle.percentile("gone", 99) / trickle.percentile("normal", 99))
     if slowest > chaos.bound + chaos.slack + chaos.stalls.seconds:
         chaos.fail(f"a job waited {slowest:.1f} s to be claimed; {chaos.bound:.0f} s are promised")
+
+
+def _go_away(chaos: Chaos, broker: Service, seconds: float) -> None:
+    """Kill the broker and start it again after that time, or when something was rendered without it."""
+    crash(broker, signal.SIGKILL)
+    try:
+        gone_at = chaos.ask("SELECT clock_timestamp() AS moment")[0].moment
+        time.sleep(seconds)
+        rendered = "SELECT count(*) AS n FROM chaos_moves WHERE at > :at AND new = 'succeeded'"
+        moved = chaos.until(lambda: chaos.ask(rendered, at=gone_at)[0].n, 60, "something is rendered without a broker")
+    finally:
+        revive(chaos, broker)
+    chaos.figures.add("rendered without a broker", moved)
 
 
 def crash(service: Service, number: signal.Signals) -> None:
@@ -91,7 +100,7 @@ def _client(chaos: Chaos) -> "Redis":
     return Redis.from_url(chaos.settings.redis_url.get_secret_value(), socket_timeout=5)
 
 
-def _freeze(_chaos: Chaos, broker: Service, seconds: float) -> None:
+def freeze_broker(_chaos: Chaos, broker: Service, seconds: float) -> None:
     assert broker.pid is not None
     os.kill(broker.pid, signal.SIGSTOP)
     try:
@@ -100,7 +109,7 @@ def _freeze(_chaos: Chaos, broker: Service, seconds: float) -> None:
         os.kill(broker.pid, signal.SIGCONT)
 
 
-def _fill(chaos: Chaos, _broker: Service, seconds: float) -> None:
+def fill_broker(chaos: Chaos, _broker: Service, seconds: float) -> None:
     with _client(chaos) as redis:
         redis.config_set("maxmemory", "1")
         try:
@@ -109,13 +118,13 @@ def _fill(chaos: Chaos, _broker: Service, seconds: float) -> None:
             redis.config_set("maxmemory", "0")
 
 
-def _flush(chaos: Chaos, _broker: Service, seconds: float) -> None:
+def empty_broker(chaos: Chaos, _broker: Service, seconds: float) -> None:
     with _client(chaos) as redis:
         redis.flushall()
     time.sleep(seconds)
 
 
-def _litter(chaos: Chaos, _broker: Service, seconds: float) -> None:
+def litter_broker(chaos: Chaos, _broker: Service, seconds: float) -> None:
     """Messages that are none, forged ones, and a key of the wrong type in place of the queue."""
     queue = chaos.settings.redis_prefix + doorbell.queue_of(chaos.settings.pool)
     with _client(chaos) as redis:
@@ -140,22 +149,12 @@ def trouble_postgres(chaos: Chaos, *, crashes: int, cutting: float, lock: float)
         for _ in range(crashes):
             trickle.phase = "crashes"
             chaos.kill(chaos.until(lambda: chaos.catch(chaos.holding())))
-            crash(server, signal.SIGQUIT)
-            time.sleep(1)
-            revive(chaos, server)
-            back = time.time()
-            # Nobody could take jobs back before, and nobody may until the server was up for a lease: the bound counts
-            # from the last start, for every victim whose jobs are still held.
-            held = {row.worker_id for row in chaos.ask("SELECT worker_id FROM claims WHERE closed_at IS NULL")}
-            for worker in chaos.workers:
-                if worker.killed_at is not None and worker.id in held:
-                    worker.killed_at = back
+            back = crash_postgres(chaos, server)
             chaos.until(lambda back=back: _moved(chaos, back), 60, "work goes on after a restart")  # type: ignore[misc]
             chaos.figures.recoveries.append(time.time() - back)
-            chaos.figures.add("postgres crashes")
             time.sleep(chaos.random.uniform(1, 3))
         trickle.phase = "cutting"
-        _every(2.0, cutting, lambda: _cut(chaos))
+        _every(2.0, cutting, lambda: cut_connections(chaos))
         trickle.phase = "locked"
         chaos.blocked += lock
         with chaos.database.transaction() as conn:
@@ -165,12 +164,30 @@ def trouble_postgres(chaos: Chaos, *, crashes: int, cutting: float, lock: float)
     chaos.until_done(120)
 
 
+def crash_postgres(chaos: Chaos, server: Service) -> float:
+    """Stop Postgres at once and start it again a second later; answers when it was back, in the history's seconds.
+
+    Nobody could take jobs back before, and nobody may until the server was up for a lease: the bound counts from the
+    last start, for every victim whose jobs are still held.
+    """
+    crash(server, signal.SIGQUIT)
+    time.sleep(1)
+    revive(chaos, server)
+    back = time.time()
+    held = {row.worker_id for row in chaos.ask("SELECT worker_id FROM claims WHERE closed_at IS NULL")}
+    for worker in chaos.workers:
+        if worker.killed_at is not None and worker.id in held:
+            worker.killed_at = back
+    chaos.figures.add("postgres crashes")
+    return back
+
+
 def _moved(chaos: Chaos, since: float) -> bool:
     found = chaos.ask("SELECT 1 FROM chaos_moves WHERE at > to_timestamp(:since) LIMIT 1", since=since)
     return bool(found)
 
 
-def _cut(chaos: Chaos) -> None:
+def cut_connections(chaos: Chaos) -> None:
     cut = chaos.ask("""
         SELECT count(pg_terminate_backend(pid)) AS n FROM pg_stat_activity
         WHERE datname = current_database() AND pid <> pg_backend_pid()
