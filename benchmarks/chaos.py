@@ -2,8 +2,8 @@
 
     python -m benchmarks.chaos [--row R1]... [--size ci|large|short] [--seed N] [--parallel N] [--set name=value]...
 
-Every row has servers of its own below a temporary folder, on loopback, and ends everything it started. Logs, history
-(NDJSON) and report of each row are kept in benchmarks/out/chaos/SIZE-SEED/ROW; a row can be run again alone. Ends with
+Servers lie below a temporary folder, on loopback, and everything that was started is ended. Logs, history (NDJSON) and
+report of each row are kept in benchmarks/out/chaos/SIZE-SEED/ROW; a row can be run again alone. Ends with
 status 1 if anything promised did not hold. docs/chaos.md says what the rows do and how to read a history.
 """
 
@@ -20,33 +20,43 @@ from typing import Any
 
 import orjson
 
-from farm.stack import embedded_servers
+from farm.stack import Servers, embedded_servers
 from tests.chaos.processes import ENGINE, PRELOAD
 from tests.chaos.rows import ROWS
-from tests.chaos.suite import Size, run_row
+from tests.chaos.suite import Row, Size, run_row
 
 OUT = Path(__file__).parent / "out" / "chaos"
+REPORT = "report.json"
 
 
-def one(name: str, size: Size, seed: int, changes: dict[str, Any]) -> int:
-    """Run one row on servers of its own, in this process; answers the exit status."""
-    folder = OUT / f"{size}-{seed}" / name
-    for old in sorted(folder.rglob("*"), reverse=True):
-        old.rmdir() if old.is_dir() else old.unlink()
+def in_turn(names: list[str], size: Size, seed: int, changes: dict[str, Any]) -> int:
+    """Run rows one after the other in this process, on servers that they share; answers the exit status."""
+    if any(ROWS[name].real for name in names):
+        PRELOAD.append(ENGINE)
+    status = 0
     # Not below the checkout: the path is long, and another user may have to reach it to run PostgreSQL.
     with tempfile.TemporaryDirectory(prefix="farm-chaos-") as place:
         Path(place).chmod(0o711)
-        row = ROWS[name]
-        if row.real:
-            PRELOAD.append(ENGINE)
-        if changes:
-            row = row.with_sizes(size, changes)
         with embedded_servers(Path(place) / "data") as servers:
-            report = run_row(name, row, servers, folder, size=size, seed=seed)
-    print(line(orjson.loads((folder / "report.json").read_bytes())), flush=True)
+            for name in names:
+                row = ROWS[name].with_sizes(size, changes) if changes else ROWS[name]
+                status |= one(name, row, servers, size, seed)
+    return status
+
+
+def one(name: str, row: Row, servers: Servers, size: Size, seed: int) -> int:
+    folder = folder_of(name, size, seed)
+    for old in sorted(folder.rglob("*"), reverse=True):
+        old.rmdir() if old.is_dir() else old.unlink()
+    report = run_row(name, row, servers, folder, size=size, seed=seed)
+    print(line(orjson.loads((folder / REPORT).read_bytes())), flush=True)
     for violation in report.violations[:20]:
         print(f"    {violation.invariant}: {violation.what}", flush=True)
     return 1 if report.violations else 0
+
+
+def folder_of(name: str, size: Size, seed: int) -> Path:
+    return OUT / f"{size}-{seed}" / name
 
 
 def line(report: dict[str, Any]) -> str:
@@ -56,21 +66,36 @@ def line(report: dict[str, Any]) -> str:
     return f"{report['row']:14} {report['jobs']:7,} {recovery:>13} {report['seconds']:7.1f}  {verdict}  {counts}"
 
 
-def several(names: list[str], options: argparse.Namespace) -> int:
-    """Each row in a process of its own, some at a time; answers the exit status."""
+def dealt(names: list[str], hands: int) -> list[list[str]]:
+    """Rows in so many hands that last about equally long: the longest first, each to who has least so far."""
+    found: list[list[str]] = [[] for _ in range(min(hands, len(names)))]
+    for name in sorted(names, key=lambda name: -ROWS[name].lasts):
+        min(found, key=lambda hand: sum(ROWS[one].lasts for one in hand)).append(name)
+    return found
 
-    def run(name: str) -> int:
-        command = [sys.executable, "-m", "benchmarks.chaos", "--row", name, "--size", options.size]
-        command += ["--seed", str(options.seed), "--quiet"]
+
+def several(names: list[str], options: argparse.Namespace) -> int:
+    """Some rows at a time: as many processes, each with servers of its own and a share of the rows, as starting both
+    takes longer than some rows do. Answers the exit status."""
+
+    def run(hand: list[str]) -> int:
+        command = [sys.executable, "-m", "benchmarks.chaos", *(word for name in hand for word in ("--row", name))]
+        command += ["--size", options.size, "--seed", str(options.seed), "--quiet"]
         return subprocess.run(command, env=os.environ, check=False).returncode
 
-    names = sorted(names, key=lambda name: -ROWS[name].lasts)
+    for name in names:
+        (folder_of(name, options.size, options.seed) / REPORT).unlink(missing_ok=True)
     with ThreadPoolExecutor(options.parallel) as threads:
-        statuses = list(threads.map(run, names))
-    failed = [name for name, status in zip(names, statuses, strict=True) if status]
+        statuses = list(threads.map(run, dealt(names, options.parallel)))
+    failed = [name for name in names if not held(folder_of(name, options.size, options.seed) / REPORT)]
     if failed:
         print(f"did not hold: {', '.join(failed)}; see {OUT / f'{options.size}-{options.seed}'}")
-    return 1 if failed else 0
+    return 1 if failed or any(statuses) else 0
+
+
+def held(report: Path) -> bool:
+    """Whether a row came to its end and nothing promised was found broken."""
+    return report.exists() and not orjson.loads(report.read_bytes())["violations"]
 
 
 def main() -> int:
@@ -80,7 +105,7 @@ def main() -> int:
     )
     parser.add_argument("--size", choices=("short", "ci", "large"), default="ci")
     parser.add_argument("--seed", type=int, help="of what is random in the faults; drawn and told unless given")
-    parser.add_argument("--parallel", type=int, default=1, help="rows at a time, each with servers of its own")
+    parser.add_argument("--parallel", type=int, default=1, help="rows at a time, on as many sets of servers")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="another size for one row")
     parser.add_argument("--quiet", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -92,11 +117,11 @@ def main() -> int:
     if not options.quiet:
         print(f"size {options.size}, seed {options.seed}, {os.cpu_count()} cores; kept in {OUT}")
         print(f"{'row':14} {'jobs':>7} {'recovery (s)':>13} {'seconds':>7}  verdict  counts", flush=True)
-    if len(names) == 1:
-        status = one(names[0], options.size, options.seed, changes)
+    if changes and len(names) > 1:
+        parser.error("--set changes the size of one row: name it with --row")
+    if options.parallel == 1 or len(names) == 1:
+        status = in_turn(names, options.size, options.seed, changes)
     else:
-        if changes:
-            parser.error("--set changes the size of one row: name it with --row")
         status = several(names, options)
     if not options.quiet:
         print(f"{time.monotonic() - began:.0f} s in all", flush=True)

@@ -141,6 +141,8 @@ class Settings(BaseSettings):
     """Phase limit: one denoising step, one merge, one decode."""
     limit_store: Seconds = timedelta(minutes=10)
     """Phase limit: encoding and uploading one micro-batch."""
+    limit_idle: Seconds = timedelta(seconds=60)
+    """A worker that takes nothing for so long while there is work for it ends itself."""
     grace: Seconds = timedelta(seconds=25)
     """What a worker may take to leave after SIGTERM."""
     max_worker_rss_bytes: Positive | None = None

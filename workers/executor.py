@@ -80,10 +80,10 @@ class Executor:
         watcher: Watcher | None = None,
         end: Callable[[Exit, str], None] = end_process,
     ) -> None:
-        self._database = database
+        self.database = database
         self._renderer = renderer
-        self._settings = settings
-        self._worker = worker_id
+        self.settings = settings
+        self.worker = worker_id
         self.leaving = leaving or Leaving(settings.grace.total_seconds(), end=end)
         self.lease = lease or Lease(
             database, settings, worker_id, self.leaving, warm=renderer.warm, cache=renderer.cache, end=end
@@ -98,6 +98,8 @@ class Executor:
         self._unanswered: UUID | None = None
         self.more_work = Event()
         """Set when a claim left work behind, so that a second thread comes without waiting for a doorbell."""
+        self.claims = 0
+        """Micro-batches claimed so far."""
 
     def work(self) -> None:
         """Work until there is nothing to claim. Returns at once when enough threads are at it already."""
@@ -116,7 +118,7 @@ class Executor:
             claimed = self._claim() if turn else None
             if claimed is None:
                 return False
-            with about(claim=claimed.claim_id, worker=self._worker), self.lease.hold(claimed) as held:
+            with about(claim=claimed.claim_id, worker=self.worker), self.lease.hold(claimed) as held:
                 if self._watcher is not None:
                     self._watcher.began(claimed)
                 results = self._see_through(held, turn, started)
@@ -138,31 +140,32 @@ class Executor:
         return picture
 
     def _claim(self) -> Claimed | None:
-        warm = self._warm()
+        warm = self.warm()
         # Without an answer to our COMMIT the jobs may be ours already: the same id again finds them.
         claim_id = self._unanswered or new_id()
         self._unanswered = claim_id
         try:
-            with self._database.transaction() as conn:
+            with self.database.transaction() as conn:
                 claimed = jobs.claim(
                     conn,
                     claim_id=claim_id,
-                    worker=self._worker,
-                    pool=self._settings.pool,
+                    worker=self.worker,
+                    pool=self.settings.pool,
                     warm=warm,
-                    limit=self._settings.micro_batch,
-                    settings=self._settings,
+                    limit=self.settings.micro_batch,
+                    settings=self.settings,
                 )
         except Unavailable as error:
             log.warning("could not ask for work", error=error.message)
             return None
         self._unanswered = None
+        self.claims += claimed is not None
         if claimed is not None and claimed.more:
-            doorbell.ring(self._settings, self._settings.pool)
+            doorbell.ring(self.settings, self.settings.pool)
             self.more_work.set()
         return claimed
 
-    def _warm(self) -> Warm:
+    def warm(self) -> Warm:
         """What is warm, and what the other thread holds: the device will be warm for it by the time we get it."""
         # The pace first: one that is known beside lanes that are not would leave our own next jobs to others.
         pace = self._pace.render.seconds
@@ -180,7 +183,7 @@ class Executor:
         """Every job's result, in order; never raises."""
         answers = self._answers(held, held.jobs, turn, started)
         turn.over()
-        held.enter("store", self._settings.limit_store.total_seconds())
+        held.enter("store", self.settings.limit_store.total_seconds())
         results = self._storing.store(held, answers, self._unrendered, self.leaving)
         self._pace.store.took(held.seconds)
         return results
@@ -189,7 +192,7 @@ class Executor:
         """Per job its picture, None where it was dropped, or the error that is to blame."""
         recipes = [job.recipe for job in some]
         try:
-            held.enter("load", self._settings.limit_load.total_seconds())
+            held.enter("load", self.settings.limit_load.total_seconds())
             staged = self._renderer.stage(recipes, self._sources.fetch(some))
             self._pace.ahead.took(monotonic() - started)
         except Exception as error:  # noqa: BLE001  # a job must end with a reason whatever the libraries raise
@@ -211,7 +214,7 @@ class Executor:
         return [answer for job in some for answer in self._answers(held, [job], turn, monotonic())]
 
     def _render(self, held: Held, some: Sequence[ClaimedJob], staged: Any, turn: Turn) -> Sequence[Pixels | None]:
-        step_limit = self._settings.limit_step.total_seconds()
+        step_limit = self.settings.limit_step.total_seconds()
         held.enter("wait")
         if some[0].alone:
             turn.keep()
@@ -222,7 +225,7 @@ class Executor:
                 return [None] * len(some)
             first = step_limit if some[0].recipe.lane in self._renderer.warm_state().lanes else None
             # A cold pipeline moves to the device and may be compiled before its first step.
-            held.enter("merge", first or self._settings.limit_load.total_seconds())
+            held.enter("merge", first or self.settings.limit_load.total_seconds())
             began = monotonic()
 
             def on_step(step: int, steps: int) -> Collection[int]:
@@ -270,8 +273,8 @@ class Executor:
         answer: dict[UUID, Any] = {}
         for pause in _patiently():
             try:
-                with self._database.transaction() as conn:
-                    answer = jobs.finish(conn, claim_id=held.claim_id, results=results, settings=self._settings)
+                with self.database.transaction() as conn:
+                    answer = jobs.finish(conn, claim_id=held.claim_id, results=results, settings=self.settings)
                 break
             except Unavailable as error:
                 log.warning("holding results", jobs=len(results), error=error.message)
@@ -293,8 +296,8 @@ class Executor:
         for held in self.lease.held:
             results = [Result(job.id, job.attempt, Outcome.GIVEN_BACK) for job in held.jobs]
             try:
-                with self._database.transaction() as conn:
-                    jobs.finish(conn, claim_id=held.claim_id, results=results, settings=self._settings)
+                with self.database.transaction() as conn:
+                    jobs.finish(conn, claim_id=held.claim_id, results=results, settings=self.settings)
             except Exception as error:  # noqa: BLE001  # the process ends next; the lease does the rest
                 log.warning("not given back", claim=str(held.claim_id), error=repr(error)[:300])
 

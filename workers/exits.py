@@ -28,6 +28,8 @@ class Exit(IntEnum):
     """The canary picture is not what it was: this device must not be trusted."""
     BROKEN = 85
     """An error that nobody foresaw in a thread the process cannot do without."""
+    IDLE = 86
+    """There was work for this worker all along, and it took none."""
 
 
 def end_process(status: Exit, why: str) -> None:

@@ -31,6 +31,7 @@ from workers.executor import Executor
 from workers.exits import Exit
 from workers.feed import Feed
 from workers.hints import start_listening
+from workers.idling import Idling
 from workers.lease import Lease
 from workers.leaving import Leaving
 from workers.modelstore import ModelStore
@@ -108,6 +109,7 @@ def _serve(
     feed.start()
     start_listening(settings, lease.beat_soon, leaving.requested)
     start_asking(executor, settings.poll.total_seconds())
+    Idling(executor).start()
     registrar = Registrar(database, store, models, settings, worker, leaving, executor.try_out)
     registrar.start()
     # Not in this thread: leaving must not wait for a broker that hangs.

@@ -4,6 +4,7 @@ Signatures cover the Host header, which is passed on as it came, so S3 takes req
 """
 
 import random
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -23,6 +24,15 @@ ANSWERS: dict[str, tuple[int, str]] = {
 HOP_BY_HOP = frozenset({"connection", "keep-alive", "transfer-encoding"})
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        # A worker that was killed while it sent: no trouble of this server.
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handle_error(request, client_address)
+
+
 class Proxy:
     """Listens on loopback until the block ends. `trouble` befalls that `share` of the requests."""
 
@@ -35,8 +45,7 @@ class Proxy:
         """Seconds that a slow request waits before it is passed on."""
         self.spoilt = 0
         self.random = random.Random(seed)
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", 0), _handler(self))
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def __enter__(self) -> Self:

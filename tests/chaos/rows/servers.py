@@ -19,6 +19,7 @@ PICKLE = (
     ' {"exchange": "", "routing_key": "x"}, "body_encoding": "base64", "correlation_id": "1"}}'
 )
 FORGED = PICKLE.replace("application/x-python-serialize", "application/json").replace("farm.render", "os.system")
+LONGEST_START_SECONDS = 300.0
 GARBAGE = (b"\xff\xfe", "not json", "42", "[]", "null", "{}", '{"body": 1, "properties": {}}', PICKLE, FORGED)
 
 
@@ -170,10 +171,14 @@ def crash_postgres(chaos: Chaos, server: Service) -> float:
     Nobody could take jobs back before, and nobody may until the server was up for a lease: the bound counts from the
     last start, for every victim whose jobs are still held.
     """
+    # While it replays its log nobody can renew or rescue: what may be late is late by that, too.
+    before, chaos.blocked = chaos.blocked, LONGEST_START_SECONDS
     crash(server, signal.SIGQUIT)
     time.sleep(1)
     revive(chaos, server)
     back = time.time()
+    started = "SELECT extract(epoch FROM clock_timestamp() - pg_postmaster_start_time()) AS s"
+    chaos.blocked = max(before, float(chaos.until(lambda: chaos.ask(started))[0].s))
     held = {row.worker_id for row in chaos.ask("SELECT worker_id FROM claims WHERE closed_at IS NULL")}
     for worker in chaos.workers:
         if worker.killed_at is not None and worker.id in held:

@@ -175,7 +175,8 @@ def _one_fault(chaos: Chaos, elder: Worker) -> Worker | None:
         act = {"broker frozen": freeze_broker, "broker emptied": empty_broker, "litter": litter_broker}[kind]
         act(chaos, broker, BROKER_SECONDS)
     chaos.history.write("fault", kind=kind)
-    chaos.figures.add(kind)
+    if kind.startswith("broker") or kind == "litter":
+        chaos.figures.add(kind)
     return None
 
 

@@ -1,0 +1,79 @@
+"""A worker that lives and does not work: it ends itself, and nobody ends who has a reason to take nothing."""
+
+from collections.abc import Callable
+
+import pytest
+from sqlalchemy import text
+
+from farm import jobs
+from farm.db import Database
+from farm.settings import Settings
+from farm.storage import Store
+from tests.farm.conftest import Queue
+from tests.stub_worker import StubRenderer
+from workers.executor import Executor
+from workers.exits import Exit
+from workers.idling import Idling
+
+Looking = tuple[Executor, Callable[[float], list[Exit]]]
+
+
+@pytest.fixture
+def looking(database: Database, store: Store, settings: Settings, farm: Queue) -> Looking:
+    """An executor that nobody lets work, and a look at it at a moment (seconds): how the process was ended so far."""
+    executor = Executor(database, store, StubRenderer(), settings, farm.worker)
+    now, ended = [0.0], list[Exit]()
+    idling = Idling(executor, end=lambda status, _why: ended.append(status), clock=lambda: now[0])
+
+    def look(moment: float) -> list[Exit]:
+        now[0] = moment
+        idling.look()
+        return ended
+
+    return executor, look
+
+
+def test_work_that_lies_there_for_a_minute_ends_the_worker_and_is_not_touched(looking: Looking, farm: Queue) -> None:
+    _, look = looking
+    batch = farm.submit(2)
+    assert [look(moment) for moment in (0.0, 15.0, 30.0, 45.0, 59.0)][-1] == []
+    assert look(60.0) == [Exit.IDLE]
+    assert farm.counts(batch) == {"queued": 2}
+    assert farm.do(lambda conn: conn.scalar(text("SELECT count(*) FROM claims"))) == 0
+
+
+def test_who_has_nothing_to_take_goes_on(looking: Looking, farm: Queue) -> None:
+    _, look = looking
+    assert look(0.0) == look(100.0) == []
+    batch = farm.submit(2)
+    farm.do(jobs.pause_batch, farm.project, batch.id)
+    assert look(200.0) == look(300.0) == []
+    farm.do(jobs.resume_batch, farm.project, batch.id)
+    assert look(400.0) == look(459.0) == []
+    # Somebody else took it meanwhile: the minute begins anew with the next job.
+    assert farm.claim() is not None
+    assert look(461.0) == []
+    farm.submit(1)
+    assert look(500.0) == look(559.0) == []
+
+
+def test_who_took_something_in_between_goes_on(looking: Looking, farm: Queue) -> None:
+    executor, look = looking
+    farm.submit({"prompt": "x", "seed": n, "steps": 4 + n} for n in range(3))
+    assert look(0.0) == look(59.0) == []
+    assert executor.work_once()
+    assert executor.claims == 1
+    assert look(61.0) == look(62.0) == look(121.0) == []
+    assert look(122.0) == [Exit.IDLE]
+
+
+def test_without_postgres_nobody_knows_and_nobody_ends(
+    looking: Looking, farm: Queue, monkeypatch: pytest.MonkeyPatch, settings: Settings
+) -> None:
+    executor, look = looking
+    farm.submit(1)
+    assert look(0.0) == []
+    away = Database(settings.model_copy(update={"database_url": type(settings.database_url)(
+        "postgresql://nobody:nobody@127.0.0.1:9/none")}), pool_size=1)  # fmt: skip
+    monkeypatch.setattr(executor, "database", away)
+    assert look(100.0) == look(200.0) == []
