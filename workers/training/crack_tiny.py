@@ -51,13 +51,16 @@ class Settings:
     base_rate: float = 7e-4
     base_batch: int = 16
     crack_importance: float = 5.0
-    distil_steps: int = 2_400
+    distil_steps: int = 3_600
     distil_rate: float = 6e-4
     distil_batch: int = 16
     distil_skip: int = 4
     distil_rank: int = 16
     distil_low: float = 1.5
     distil_high: float = 4.0
+    distil_strength: float = 1.1
+    """The adapter falls short of its target, so this much of it is exported: better than 1.0 for walls, cracks
+    and directions alike, on 240 prompts that the model card's figures do not use."""
     bf16: bool = True
 
 
@@ -167,6 +170,10 @@ class Recipe:
 
     def export(self, out: Path) -> None:
         unet, text = self.distil()
+        with torch.no_grad():
+            for name, weight in unet.named_parameters():
+                if ".lora_B." in name:
+                    weight.mul_(self.settings.distil_strength)
         notes = {"modelspec.title": "crack-tiny LCM-LoRA", "modelspec.license": "Apache-2.0"}
         export_lora(out / "lcm-lora.safetensors", unet, notes)
         unet.unload_lora()
