@@ -146,6 +146,7 @@ def test_failed_jobs_that_cannot_be_retried_are_told_of(run: Run, fake: FakeFarm
     for job in failed[1:]:
         fake.on("POST", f"{API}/jobs/{job['id']}/retry", problem(409, "conflict", "its batch is being cancelled"))
     result = run("retry", "--failed")
+    assert result.exit_code == 0, result.stderr
     assert result.stdout == "1 jobs queued again\n"
     assert "2 jobs could not be queued again, the last because its batch is being cancelled" in result.stderr
 
