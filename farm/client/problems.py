@@ -15,8 +15,11 @@ def _classes(root: type[FarmError]) -> Iterator[type[FarmError]]:
         yield from _classes(child)
 
 
-BY_CODE: dict[str, type[FarmError]] = {kind.code: kind for kind in _classes(FarmError)}
-"""The class to raise for a code. Where parent and child share one, the child (met later) is meant."""
+BY_CODE: dict[str, type[FarmError]] = {
+    kind.code: kind for kind in _classes(FarmError) if kind.__module__ == errors.__name__
+}
+"""The class to raise for a code, of those that callers know. Where parent and child share one, the child (met later) is
+meant."""
 
 BY_STATUS: dict[int, type[FarmError]] = {
     401: errors.Unauthorized,

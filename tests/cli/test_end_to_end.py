@@ -123,7 +123,12 @@ def test_models_and_keys_and_migrate_work_on_the_servers_themselves(farm: Farm) 
     kinds = {
         line["name"]: line["kind"] for line in map(orjson.loads, farm("models", "list", "--json").stdout.splitlines())
     }
-    assert kinds == {"crack-tiny": "checkpoint", "crack-tiny-lcm": "acceleration", "crack-tiny-night": "style"}
+    assert kinds == {
+        "crack-tiny": "checkpoint",
+        "crack-tiny-lcm": "acceleration",
+        "crack-tiny-mask": "controlnet",
+        "crack-tiny-night": "style",
+    }
     assets = Path(__file__).parents[2] / "farm" / "assets" / "crack-tiny"
     added = farm("models", "add", "twin", assets / "lcm-lora.safetensors", "--json")
     assert added.exit_code == 0, added.output
