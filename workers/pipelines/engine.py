@@ -24,13 +24,13 @@ from workers.pipelines.costs import Costs, Way
 from workers.pipelines.device import Device, choose, host_budget, is_fatal, is_out_of_memory
 from workers.pipelines.factors import Use
 from workers.pipelines.guides import Guide, guide_of
-from workers.pipelines.library import Library
 from workers.pipelines.load import measured
 from workers.pipelines.lru import Shelf
 from workers.pipelines.merge import text_key
 from workers.pipelines.motion import is_motion
 from workers.pipelines.parts import in_parts
 from workers.pipelines.prompts import Text, all_known, texts
+from workers.pipelines.reading import Library
 from workers.pipelines.render import OnStep, Picture, render
 from workers.pipelines.sampling import evaluations
 from workers.pipelines.slots import distinct
