@@ -8,14 +8,11 @@ from pathlib import Path
 import pytest
 
 from farm.stack import Servers, embedded_servers
-from tests.chaos.processes import ENGINE, PRELOAD
 
 
 @pytest.fixture(scope="session")
-def durable_servers(request: pytest.FixtureRequest) -> Iterator[Servers]:
+def durable_servers() -> Iterator[Servers]:
     """PostgreSQL, Valkey and SeaweedFS, which rows may kill and must leave running."""
-    if any("crack-tiny" in item.name for item in request.session.items):
-        PRELOAD.append(ENGINE)
     # Not pytest's own folder: as root that one is closed to the user who runs PostgreSQL.
     place = Path(tempfile.mkdtemp(prefix="farm-chaos-"))
     place.chmod(0o711)

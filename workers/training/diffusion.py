@@ -199,6 +199,12 @@ def denoising_loss(
     return total
 
 
+def meaning(states: Tensor, after: Tensor) -> Tensor:
+    """What captions say (n, width): the mean of their states (n, 77, width) where `after` (n, 77) is true."""
+    places = after.unsqueeze(-1).to(states.dtype)
+    return (states * places).sum(1) / places.sum(1)
+
+
 def learn_words(
     text: CLIPTextModel,
     meanings: Meanings,
@@ -209,8 +215,10 @@ def learn_words(
     batch: int = 64,
     bf16: bool = True,
     say: Say = print,
-) -> None:
+) -> nn.ModuleDict:
     """Teach the text encoder, in place, to tell what a caption means before any picture is drawn.
+
+    Returns what names the answers: for each question a layer over the mean state after the last word (n, width).
 
     The places after the last word, which attention finds first because there are many of them, must
     name every part of the scene. A UNet then finds ready answers in the text instead of a moving target.
@@ -220,15 +228,15 @@ def learn_words(
     def step(_: int, rng: np.random.Generator) -> Tensor:
         texts, labels = meanings.draw(batch, rng)
         ids = token_ids(tokenizer, texts)
-        after = (ids == tokenizer.eos_token_id).float().unsqueeze(-1)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             states = text(ids).last_hidden_state
-        mean = (states.float() * after).sum(1) / after.sum(1)
+        mean = meaning(states.float(), ids == tokenizer.eos_token_id)
         losses = [functional.cross_entropy(head(mean), torch.from_numpy(labels[name])) for name, head in heads.items()]
         return torch.stack(losses).sum()
 
     text.train()
     train(step, {"text": text, "heads": heads}, plan, checkpoint, say=say)
+    return heads
 
 
 def fit(

@@ -151,24 +151,14 @@ def attach(unet: UNet2DConditionModel, rank: int) -> None:
     unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(TARGETS)))
 
 
-def fit(
-    unet: UNet2DConditionModel,
-    schedule: DDIMScheduler,
-    batch: Batch,
-    *,
-    recipe: Recipe,
-    plan: Plan,
-    checkpoint: Path,
-    bf16: bool = True,
-    say: Say = print,
-) -> None:
-    """Train an adapter on `unet`, in place; the UNet's own weights stay as they are.
+def learning(
+    unet: UNet2DConditionModel, schedule: DDIMScheduler, batch: Batch, recipe: Recipe, *, bf16: bool = True
+) -> Callable[[np.random.Generator], Tensor]:
+    """The loss of one step, for a UNet that carries an adapter.
 
     A loss that is linear in the error learns the median, and of a line a pixel wide that may lie here or there the
     median is no line. So places that count more do so by how little noise there is, as they did for the teacher.
     """
-    torch.manual_seed(plan.seed)
-    attach(unet, recipe.rank)
     solver = Solver(schedule.alphas_cumprod, schedule.config.prediction_type, recipe.solver, recipe.skip)
 
     def guess_of(latents: Tensor, times: Tensor, states: Tensor) -> Tensor:
@@ -176,7 +166,7 @@ def fit(
             guess: Tensor = unet(latents, times, encoder_hidden_states=states).sample
         return guess.float()
 
-    def step(_: int, rng: np.random.Generator) -> Tensor:
+    def loss(rng: np.random.Generator) -> Tensor:
         lesson = batch(rng)
         clean = lesson.clean
 
@@ -201,6 +191,24 @@ def fit(
         alpha = solver.alphas[draw.start].view(-1, 1, 1, 1)
         return huber(made, target, recipe.huber, 1 + (lesson.importance - 1) * alpha.square())
 
+    return loss
+
+
+def fit(
+    unet: UNet2DConditionModel,
+    schedule: DDIMScheduler,
+    batch: Batch,
+    *,
+    recipe: Recipe,
+    plan: Plan,
+    checkpoint: Path,
+    bf16: bool = True,
+    say: Say = print,
+) -> None:
+    """Train an adapter on `unet`, in place; the UNet's own weights stay as they are."""
+    torch.manual_seed(plan.seed)
+    attach(unet, recipe.rank)
+    loss = learning(unet, schedule, batch, recipe, bf16=bf16)
     unet.train()
-    train(step, {"unet": unet}, plan, checkpoint, say=say)
+    train(lambda _, rng: loss(rng), {"unet": unet}, plan, checkpoint, say=say)
     unet.eval()

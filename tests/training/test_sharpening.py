@@ -1,0 +1,185 @@
+"""The reader and what an adapter learns from it, at toy sizes."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import LCMScheduler, UNet2DConditionModel
+from torch import Tensor
+
+from workers.training import diffusion, distill, sharpen
+from workers.training.errors import TrainingError
+from workers.training.loop import Plan, load
+
+SIZE = diffusion.Size(channels=(16, 16, 32), heads=2, text_width=16, text_layers=1, latent=4, grid=4)
+ALPHAS = diffusion.scheduler().alphas_cumprod
+WORDS = torch.randn(2, 16, generator=torch.Generator().manual_seed(5))
+"""What is meant by dark (0) and by bright (1)."""
+
+
+def hush(_: str) -> None:
+    """Say nothing."""
+
+
+def real(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Latents that are dark or bright with a little noise, and which."""
+    rng = np.random.default_rng(seed)
+    bright = torch.from_numpy(rng.integers(0, 2, count))
+    noise = torch.from_numpy(rng.standard_normal((count, 4, 4, 4)).astype(np.float32))
+    return (bright * 2.0 - 1.0).view(-1, 1, 1, 1) + 0.05 * noise, bright
+
+
+def states(bright: Tensor) -> Tensor:
+    return WORDS[bright].unsqueeze(1).expand(-1, 77, -1)
+
+
+def trial(rng: np.random.Generator) -> sharpen.Asked:
+    bright = torch.from_numpy(rng.integers(0, 2, 8))
+    return sharpen.Asked(states(bright), {"light": bright})
+
+
+def student() -> UNet2DConditionModel:
+    torch.manual_seed(0)
+    unet = diffusion.build_unet(SIZE)
+    distill.attach(unet, 4)
+    return unet
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> sharpen.Reader:
+    torch.manual_seed(1)
+    made = sharpen.Reader(4, {"light": 2}, (16, 16))
+    clean, bright = real(64, 1)
+    sharpen.learn_to_read(
+        made,
+        clean.numpy().astype(np.float16),
+        {"light": bright.numpy()},
+        ALPHAS,
+        blur=250,
+        plan=Plan(40, 1e-2, seed=1, warmup=5),
+        checkpoint=tmp_path_factory.mktemp("reader") / "reader.pt",
+        batch=16,
+        bf16=False,
+        say=hush,
+    )
+    return made
+
+
+def sharpened(
+    path: Path, plan: Plan, reader: sharpen.Reader, told: Callable[[str], None] = hush
+) -> UNet2DConditionModel:
+    unet = student()
+    sharpen.fit(
+        unet,
+        diffusion.scheduler(),
+        trial,
+        lambda rng: torch.zeros(()),
+        reader,
+        shape=(4, 4, 4),
+        recipe=sharpen.Sharpening(walks=(1, 2), weight=1.0),
+        plan=plan,
+        checkpoint=path,
+        bf16=False,
+        say=told,
+    )
+    return unet
+
+
+def made_by(unet: UNet2DConditionModel, bright: Tensor) -> Tensor:
+    torch.manual_seed(3)
+    with torch.no_grad():
+        return sharpen.Student(unet, diffusion.scheduler(), bf16=False).walk(
+            states(bright), torch.empty(len(bright), 4, 4, 4), 2, 1
+        )
+
+
+def test_the_reader_reads_latents_it_has_not_seen(reader: sharpen.Reader) -> None:
+    clean, bright = real(32, 2)
+    with torch.no_grad():
+        logits = reader(clean, torch.zeros(32, 1))["light"]
+    assert bool((logits.argmax(1) == bright).all())
+    assert not any(weight.requires_grad for weight in reader.parameters())
+
+
+def test_what_a_caption_leaves_open_costs_nothing(reader: sharpen.Reader) -> None:
+    clean, bright = real(4, 3)
+    alphas = torch.ones(1)
+    known = torch.tensor([True, True, False, False])
+    half = sharpen.misread(reader, clean, {"light": bright.masked_fill(~known, sharpen.UNKNOWN)}, alphas, 1)
+    told = sharpen.misread(reader, clean[:2], {"light": bright[:2]}, alphas, 1)
+    assert float(half["light"]) == pytest.approx(float(told["light"]), rel=1e-5)
+    none = sharpen.misread(reader, clean, {"light": torch.full((4,), sharpen.UNKNOWN)}, alphas, 1)
+    assert float(none["light"]) == 0.0
+
+
+def test_the_adapter_learns_to_show_what_was_asked_for(tmp_path: Path, reader: sharpen.Reader) -> None:
+    bright, lines = torch.arange(32) % 2, list[str]()
+
+    def lost(unet: UNet2DConditionModel) -> float:
+        torch.manual_seed(8)
+        return float(sharpen.misread(reader, made_by(unet, bright), {"light": bright}, ALPHAS, 250)["light"])
+
+    unet = sharpened(tmp_path / "sharpen.pt", Plan(100, 1e-2, seed=2, warmup=5), reader, lines.append)
+    fresh = student()
+    assert lost(unet) < 0.5 * lost(fresh)
+    # Not for the reader alone: what was asked to be bright is brighter than what was not.
+    made = made_by(unet, bright).mean((1, 2, 3))
+    assert made[bright == 1].mean() > made[bright == 0].mean() + 0.2
+    assert any(line.startswith("misread: light ") for line in lines)
+    for name, weight in unet.named_parameters():
+        if "lora" not in name:
+            assert torch.equal(weight, fresh.get_parameter(name)), "only the adapter learns"
+
+
+def test_a_resumed_run_equals_one_that_never_stopped(tmp_path: Path, reader: sharpen.Reader) -> None:
+    straight = sharpened(tmp_path / "straight.pt", Plan(12, 1e-3, seed=2, warmup=2), reader)
+    plan = Plan(12, 1e-3, seed=2, warmup=2, save_every=4, say_every=3)
+
+    class Killed(Exception):
+        pass
+
+    def dies(line: str) -> None:
+        if " 6/12 " in line:
+            raise Killed
+
+    with pytest.raises(Killed):
+        sharpened(tmp_path / "resumed.pt", plan, reader, dies)
+    assert load(tmp_path / "resumed.pt")["step"] == 4
+    resumed = sharpened(tmp_path / "resumed.pt", plan, reader)
+    for name, value in straight.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_answers_must_fit_the_latents(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="3 latents need as many answers"):
+        sharpen.learn_to_read(
+            sharpen.Reader(4, {"light": 2}, (16, 16)),
+            np.zeros((3, 4, 4, 4), np.float16),
+            {"light": np.zeros(2, np.int64)},
+            ALPHAS,
+            blur=250,
+            plan=Plan(1, 1e-3),
+            checkpoint=tmp_path / "reader.pt",
+            say=hush,
+        )
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+def test_the_student_walks_as_the_scheduler_of_diffusers_does(steps: int) -> None:
+    unet = student()
+    walker = sharpen.Student(unet, diffusion.scheduler(), bf16=False)
+    told = states(torch.tensor([0, 1]))
+    torch.manual_seed(4)
+    with torch.no_grad():
+        made = walker.walk(told, torch.zeros(2, 4, 4, 4), steps, steps - 1)
+        scheduler = LCMScheduler.from_config(diffusion.scheduler().config)
+        scheduler.set_timesteps(steps)
+        torch.manual_seed(4)
+        latents = torch.randn(2, 4, 4, 4)
+        for time in scheduler.timesteps:
+            guess = unet(latents, time, encoder_hidden_states=told).sample
+            # Its own noise is drawn from the same stream, in the same order.
+            latents, clean = scheduler.step(guess, time, latents, return_dict=False)
+    assert torch.allclose(made, clean, atol=1e-5)
