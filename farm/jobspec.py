@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from farm.fields import MAX_FIELDS, Labels, Moment, Name, NegativePrompt, Prompt, UploadHash, at_most
+from farm.formats import Format
 from farm.recipe import MAX_FRAMES, MAX_SEED
 
 MAX_COUNT = 10_000
@@ -55,7 +56,9 @@ class JobSpec(BaseModel):
 
     Pictures are named by the hashes of uploads. `strength` says how much of `image` is drawn anew; `mask` where, white
     for anew; `composite` puts the rest back as it was, pixel by pixel. With `motion`, a motion adapter by name, the
-    job is one animation of `frames` frames (16 if absent) at `fps` frames a second (8 if absent).
+    job is one animation of `frames` frames (16 if absent) at `fps` frames a second (8 if absent). `format` is what the
+    picture is stored as, `png` if absent. A `webp` keeps every pixel too unless it has a `quality`; that of a `jpeg` is
+    90 if absent.
     """
 
     model_config = ConfigDict(
@@ -87,6 +90,8 @@ class JobSpec(BaseModel):
     motion: Name | None = None
     frames: Annotated[int, Field(ge=2, le=MAX_FRAMES)] | None = None
     fps: Annotated[int, Field(ge=1, le=60)] | None = None
+    format: Format | None = None
+    quality: Annotated[int, Field(ge=1, le=100)] | None = None
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
     count: Annotated[int, Field(ge=1, le=MAX_COUNT)] = 1
     priority: Annotated[int, Field(ge=-100, le=100)] = 0

@@ -10,13 +10,18 @@ from typing import Annotated, Any, Literal, Self
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from farm.formats import KINDS, Kind, format_of
+
 MAX_SEED = 2**53 - 1
 """Seeds are 0..2^53-1: every one of them survives JSON readers that keep numbers as doubles."""
 
 MAX_FRAMES = 64
 """Frames of one animation; most motion adapters know no more than 32."""
 
-NOT_IN_LANE = ("prompt", "negative_prompt", "seed", "adapters", "image", "mask", "strength", "controls", "fps")
+NOT_IN_LANE = (
+    "prompt", "negative_prompt", "seed", "adapters", "image", "mask", "strength", "controls", "fps",
+    "format", "quality",
+)  # fmt: skip
 """What jobs of one lane may differ in. Everything else a recipe holds, now or later, tells lanes apart. Of a strength
 the step at which it begins does count, and of controls everything but their images."""
 
@@ -61,7 +66,8 @@ class Recipe(BaseModel):
 
     `image` and `mask` are hashes of uploads. `strength` (0..1) is how much of the image is drawn anew, `composite`
     whether what the mask leaves alone comes back pixel by pixel. With `motion`, a motion adapter (content hash), it is
-    an animation of so many `frames`, shown at `fps` frames a second.
+    an animation of so many `frames`, shown at `fps` frames a second. `format` is what the picture is stored as where
+    that is no PNG; `quality` (1..100) belongs to a JPEG, and to a WebP that does not keep every pixel.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -88,6 +94,8 @@ class Recipe(BaseModel):
     motion: str | None = None
     frames: Annotated[int, Field(ge=2, le=MAX_FRAMES)] | None = None
     fps: Annotated[int, Field(ge=1, le=60)] | None = None
+    format: Literal["webp", "jpeg"] | None = None
+    quality: Annotated[int, Field(ge=1, le=100)] | None = None
 
     @field_validator("guidance_scale")
     @classmethod
@@ -117,12 +125,26 @@ class Recipe(BaseModel):
                 raise ValueError(f"motion and {name} go together")
         if self.motion is not None and (self.task != "txt2img" or self.controls):
             raise ValueError("motion goes with txt2img alone")
+        if self.format is not None and self.motion is not None:
+            raise ValueError("an animation has no format: it is a lossless WebP")
+        if self.quality is None if self.format == "jpeg" else (self.quality is not None and self.format is None):
+            raise ValueError("jpeg needs a quality, webp may have one, png has none")
         return self
 
     @property
     def first_step(self) -> int:
         """The denoising step it begins at, from 0."""
         return 0 if self.strength is None else first_step(self.steps, self.strength)
+
+    @property
+    def lossless(self) -> bool:
+        """Whether its file keeps every pixel that was drawn."""
+        return self.quality is None
+
+    @property
+    def kind(self) -> Kind:
+        """What its file is called at its end, and its content type."""
+        return KINDS[format_of({"format": self.format, "motion": self.motion})]
 
     @property
     def pictures(self) -> frozenset[str]:

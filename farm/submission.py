@@ -18,7 +18,7 @@ from uuid import UUID
 import orjson
 from pydantic import ValidationError
 
-from farm import jsontext, tasks
+from farm import formats, jsontext, tasks
 from farm.errors import InvalidRequest, Problem, TooLarge
 from farm.fields import problems_of, refuse_flood
 from farm.ids import new_id
@@ -191,7 +191,7 @@ class _Writer:
 
     def _choice(self, spec: JobSpec, found: Mapping[str, Size]) -> Resolved | list[Problem]:
         """What the job's names stand for, or what is wrong with it."""
-        problems = list(tasks.problems_of(spec))
+        problems = [*tasks.problems_of(spec), *formats.problems_of(spec)]
         pictures = list(tasks.pictures_of(spec))
         for field, hash_ in pictures:
             if hash_ not in found:
@@ -255,10 +255,13 @@ class _Writer:
         # A moment that is past must not stand before those who waited since.
         run_at = self.now if spec.run_at is None else max(spec.run_at, self.now)
         warnings = self._warnings(spec, choice)
-        body = {**choice.body, "prompt": spec.prompt, "negative_prompt": spec.negative_prompt}
-        body = tasks.with_pictures(body, spec)
+        told = {"prompt": spec.prompt, "negative_prompt": spec.negative_prompt, **formats.recipe_fields(spec)}
+        body = tasks.with_pictures({**choice.body, **told}, spec)
         named = {hash_.encode() for _, hash_ in tasks.pictures_of(spec)}
         labels, flag = _escaped(orjson.dumps(spec.labels)), b"t" if spec.metadata else b"f"
+        if spec.metadata and (crowded := formats.refuse_crowded(body, choice.names_json, labels)):
+            self.problems.append({"line": line, **crowded})
+            return
         tail = b"\t".join((choice.names_json, labels, _array(warnings), flag))
         due = self.created if run_at is self.now else _timestamp(run_at)
         for offset in range(spec.count):

@@ -6,6 +6,7 @@ from uuid import UUID
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from farm.formats import KINDS, Format, format_of
 from farm.states import JobState
 
 T = TypeVar("T")
@@ -96,6 +97,8 @@ class JobView(View):
     motion: str | None = None
     frames: int | None = None
     fps: int | None = None
+    format: Format | None = None
+    quality: int | None = None
     seed: int
     priority: int
     labels: dict[str, str] = {}
@@ -110,8 +113,8 @@ class JobView(View):
 
     @property
     def suffix(self) -> str:
-        """How a file of its picture is called at the end: an animation is WebP, every other picture PNG."""
-        return "webp" if self.frames else "png"
+        """How a file of its picture is called at the end, such as `png`."""
+        return KINDS[format_of({"format": self.format, "motion": self.motion})].suffix
 
 
 class Counts(View):

@@ -1,4 +1,4 @@
-"""Pictures as bytes: PNG with the recipe in it (an animation: WebP), WebP thumbnail.
+"""Pictures as bytes: PNG with the recipe in it, WebP thumbnail; `workers.formats` has the others.
 
 The PNG writer is our own, because encoding is what eats a GPU worker's CPU: one filter over the whole picture in numpy
 and zlib take 47 ms at 1024x1024 where Pillow, which tries five filters a row, takes 84 at the same level, for files of
@@ -6,11 +6,9 @@ the same size (within 3 % on painted walls), and leave other Python threads runn
 """
 
 import io
-import json
 import struct
 import zlib
 from collections.abc import Mapping
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,7 +17,7 @@ import orjson
 # Writes WebP. Without it Pillow would import every format it knows, PDF too, at the first save: 0.12 s of a start.
 import PIL.WebPImagePlugin  # noqa: F401
 from numpy.typing import NDArray
-from PIL import Image, ImageSequence
+from PIL import Image
 
 from farm import __version__
 from farm.jobs import Difference
@@ -36,13 +34,6 @@ FILTER_SUB = 1
 THUMBNAIL_QUALITY = 80
 THUMBNAIL_EFFORT = 1
 """libwebp's method: 1 takes a third of the default's time for the same bytes at this size."""
-
-USER_COMMENT, DESCRIPTION, EXIF_IFD = 0x9286, 0x010E, 0x8769
-"""EXIF tags. In a WebP file the web UIs read `parameters` from the first; the whole recipe stands in the second."""
-UNICODE = b"UNICODE\0"
-"""How EXIF says that a comment is UTF-16."""
-FULL_QUALITY = {"lossless": True, "quality": 0, "method": 0}
-"""libwebp: every pixel kept, as PNG does, with the least effort."""
 
 SAMPLERS = {
     "lcm": "LCM", "ddim": "DDIM", "ddpm": "DDPM", "deis": "DEIS", "dpmpp-2m": "DPM++ 2M",
@@ -67,42 +58,6 @@ def encode_png(pixels: Pixels, *, texts: Mapping[str, str], level: int) -> bytes
     parts += [_text_chunk(key, text) for key, text in texts.items()]
     parts += [_chunk(b"IDAT", packed), _chunk(b"IEND", b"")]
     return b"".join(parts)
-
-
-def decode_png(png: bytes) -> Pixels:
-    """The pixels of a picture that `encode_png` wrote."""
-    with Image.open(io.BytesIO(png)) as image:
-        return np.asarray(image.convert("RGB"))
-
-
-def encode_animation(pixels: Pixels, *, fps: int, texts: Mapping[str, str]) -> bytes:
-    """An animated WebP, lossless, shown for ever, with the texts as EXIF. `pixels`: frames x height x width x 3."""
-    first, *rest = [Image.fromarray(frame) for frame in pixels]
-    exif = Image.Exif()
-    if texts:
-        exif[DESCRIPTION] = json.dumps(json.loads(texts["farm"]))
-        exif.get_ifd(EXIF_IFD)[USER_COMMENT] = UNICODE + texts["parameters"].encode("utf-16-be")
-    out = io.BytesIO()
-    # The end of each frame is rounded, not its length: 60 a second stay 60 a second.
-    ends = [round(1000 * number / fps) for number in range(len(pixels) + 1)]
-    lengths = [end - start for start, end in pairwise(ends)]
-    first.save(
-        out, "WEBP", save_all=True, append_images=rest, duration=lengths, loop=0, exif=exif.tobytes(), **FULL_QUALITY
-    )
-    return out.getvalue()
-
-
-def decode_animation(webp: bytes, *, frames: int, fps: int) -> Pixels:
-    """The frames that `encode_animation` wrote; equal ones in a row, which the format keeps as one, all of them."""
-    found: list[Pixels] = []
-    shown = 0
-    with Image.open(io.BytesIO(webp)) as image:
-        for frame in ImageSequence.Iterator(image):
-            pixels = np.asarray(frame.convert("RGB"))
-            shown += int(frame.info["duration"])
-            found += [pixels] * (round(shown * fps / 1000) - len(found))
-    # Frames that are all equal are kept as a picture that is shown for no time.
-    return np.stack(found or [pixels] * frames)
 
 
 def difference(one: Pixels, other: Pixels) -> Difference:

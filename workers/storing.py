@@ -15,18 +15,10 @@ from farm.objects import image_key
 from farm.settings import Settings
 from farm.states import Outcome
 from farm.storage import Store
+from workers.formats import decode, encode
 from workers.lease import Held
 from workers.leaving import Leaving
-from workers.pictures import (
-    Pixels,
-    decode_animation,
-    decode_png,
-    difference,
-    encode_animation,
-    encode_png,
-    encode_thumbnail,
-    metadata,
-)
+from workers.pictures import Pixels, difference, encode_thumbnail, metadata
 
 MOST_THREADS = 16
 SHARE_OF_LIMIT = 0.8
@@ -74,9 +66,8 @@ class Storing:
             pause = FIRST_PAUSE_SECONDS
             while True:
                 try:
-                    apart = self._compared(job, pixels)
-                    kind = "image/webp" if job.recipe.fps else "image/png"
-                    self._store.put(image.key, body, kind, image.sha256)
+                    apart = self._compared(job, pixels, body)
+                    self._store.put(image.key, body, job.recipe.kind.media_type, image.sha256)
                     self._store.put(image.thumbnail_key, thumbnail, "image/webp", hashlib.sha256(thumbnail).hexdigest())
                     return Result(job.id, job.attempt, Outcome.SUCCEEDED, image, difference=apart)
                 except Unavailable as error:
@@ -94,7 +85,7 @@ class Storing:
             log.exception("picture not stored", job=str(job.id))
             return Result(job.id, job.attempt, Outcome.RETRY, error_code="store", error_message=repr(error)[:2000])
 
-    def _compared(self, job: ClaimedJob, pixels: Pixels) -> Difference | None:
+    def _compared(self, job: ClaimedJob, pixels: Pixels, body: bytes) -> Difference | None:
         """How far a replay is from the original picture, which S3 has as long as its job is there."""
         if job.original is None:
             return None
@@ -102,22 +93,20 @@ class Storing:
             before = self._store.get(job.original)
         except NotFound as error:
             raise NotFound("the picture to compare with is gone: its job was deleted") from error
-        fps = job.recipe.fps
-        original = decode_animation(before, frames=len(pixels), fps=fps) if fps else decode_png(before)
-        return difference(pixels, original)
+        # Of a format that loses pixels the two files are compared: they are all there is of the original.
+        shown = pixels if job.recipe.lossless else decode(body, job.recipe)
+        return difference(shown, decode(before, job.recipe))
 
     def _encode(self, job: ClaimedJob, pixels: Pixels) -> tuple[StoredImage, bytes, bytes]:
-        texts = metadata(job.recipe, names=job.names, labels=job.labels) if job.metadata else {}
-        if job.recipe.fps:
-            body, suffix, still = encode_animation(pixels, fps=job.recipe.fps, texts=texts), "webp", pixels[0]
-        else:
-            body = encode_png(pixels, texts=texts, level=self._settings.png_compress_level)
-            suffix, still = "png", pixels
+        recipe = job.recipe
+        texts = metadata(recipe, names=job.names, labels=job.labels) if job.metadata else {}
+        body = encode(pixels, recipe, texts=texts, png_level=self._settings.png_compress_level)
+        still = pixels[0] if recipe.fps else pixels
         thumbnail = encode_thumbnail(still, longer_side=self._settings.thumbnail_pixels)
         sha256 = hashlib.sha256(body).hexdigest()
         height, width, _ = still.shape
         image = StoredImage(
-            key=image_key(job.project_id, job.id, job.attempt, sha256, suffix),
+            key=image_key(job.project_id, job.id, job.attempt, sha256, recipe.kind.suffix),
             # Each object's key ends in its own hash; the API reads a thumbnail's from there.
             thumbnail_key=image_key(job.project_id, job.id, job.attempt, hashlib.sha256(thumbnail).hexdigest(), "webp"),
             sha256=sha256,

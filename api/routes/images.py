@@ -24,7 +24,7 @@ REDIRECTED: dict[int | str, dict[str, Any]] = {
 def get_image(
     job_id: UUID, caller: ReaderDep, farm: FarmDep, conn: ConnDep, wanted: Annotated[Link, Query()]
 ) -> Response:
-    """The picture (PNG; an animation is WebP), by redirect to where it can be fetched for a while without a key."""
+    """The picture, as its job asked for it, by redirect to where it can be fetched for a while without a key."""
     image = jobs.image_of(conn, caller.project_id, job_id)
     return _link(farm, image.key, f"{job_id}.{image.key.rpartition('.')[2]}", wanted)
 

@@ -2,7 +2,7 @@
 
 import typer
 
-from farm.cli import batches, demo, programs, render, stack, submit
+from farm.cli import batches, demo, programs, render, replay, stack, submit
 from farm.cli.exits import FarmGroup
 from farm.cli.keys import keys
 from farm.cli.models import models
@@ -36,6 +36,7 @@ SECTIONS = {
         batches.pause,
         batches.resume,
         batches.retry,
+        replay.replay,
         batches.priority,
         batches.delete,
     ),

@@ -20,9 +20,10 @@ TEXTS = (
     "image",
     "mask",
     "motion",
+    "format",
     "run_at",
 )
-WHOLE = ("width", "height", "steps", "seed", "count", "priority", "frames", "fps")
+WHOLE = ("width", "height", "steps", "seed", "count", "priority", "frames", "fps", "quality")
 LABEL = "label."
 """A column `label.site` holds the label `site` of its rows."""
 

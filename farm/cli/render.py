@@ -14,6 +14,7 @@ from farm.cli.exits import Exit
 from farm.cli.local import Occasion, some_farm
 from farm.cli.options import DATA_DIR, Adapters, AsJson, Controls, DataDir, adapters_of, controls_of, size_of
 from farm.errors import InvalidRequest
+from farm.formats import KINDS, Format, format_of
 from farm.states import JobState
 from farm.views import BatchView, JobView
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from farm.client import Farm
 
 HASH = re.compile(r"[0-9a-f]{64}")
+NAMES: dict[Format, str] = {"png": "PNG", "webp": "WebP", "jpeg": "JPEG"}
 
 
 def render(
@@ -50,7 +52,13 @@ def render(
     motion: Annotated[str | None, typer.Option(help="A motion adapter: an animation.", show_default=False)] = None,
     frames: Annotated[int | None, typer.Option(help="So many of them; 16 if absent.", show_default=False)] = None,
     fps: Annotated[int | None, typer.Option(help="Frames a second; 8 if absent.", show_default=False)] = None,
-    out: Annotated[Path, typer.Option(help="A .png file (an animation: .webp), or a folder.", metavar="PATH")] = Path(),
+    stored_as: Annotated[
+        str | None, typer.Option("--format", help="png, webp or jpeg; png if absent.", show_default=False)
+    ] = None,
+    quality: Annotated[
+        int | None, typer.Option(help="1 to 100, of a jpeg, or a webp that may lose pixels.", show_default=False)
+    ] = None,
+    out: Annotated[Path, typer.Option(help="A file that ends as its format, or a folder.", metavar="PATH")] = Path(),
     as_json: AsJson = False,
 ) -> None:
     """Render a prompt now and write the pictures here.
@@ -75,10 +83,12 @@ def render(
         "motion": motion,
         "frames": frames,
         "fps": fps,
+        "format": stored_as,
+        "quality": quality,
         **size_of(size),
     }
     fields = {name: value for name, value in wanted.items() if value is not None}
-    folder, stem = place(out, prompt, count, "png" if motion is None else "webp")
+    folder, stem = place(out, prompt, count, _known(stored_as, motion))
     with some_farm(data_dir) as occasion:
         batch = _submit(occasion.farm, prompt, count, _sent(occasion.farm, fields))
         with Bar("rendering", count) as bar:
@@ -121,23 +131,33 @@ def _wait_or_cancel(occasion: Occasion, batch: BatchView, bar: Bar) -> BatchView
         raise
 
 
-def place(out: Path, prompt: str, count: int, suffix: str = "png") -> tuple[Path, str | None]:
+def _known(stored_as: str | None, motion: str | None) -> Format:
+    """What the pictures are stored as. Raises typer.BadParameter for a format there is not."""
+    if stored_as is not None and stored_as not in KINDS:
+        raise typer.BadParameter(f"{stored_as!r} is none of {', '.join(KINDS)}", param_hint="--format")
+    return format_of({"format": stored_as, "motion": motion})
+
+
+def place(out: Path, prompt: str, count: int, stored_as: Format = "png") -> tuple[Path, str | None]:
     """Where `count` pictures go: a folder, made if need be, and what their names start with, or `None`: exactly `out`.
 
-    Raises InvalidRequest for a file name that does not end in `suffix`.
+    Raises InvalidRequest for a file name that does not end as the format does.
     """
     if out.is_dir() or not out.suffix:
         out.mkdir(parents=True, exist_ok=True)
         return out, _slug(prompt)
-    if out.suffix.lower() != f".{suffix}":
-        noun = "pictures are PNG" if suffix == "png" else "animations are WebP"
-        raise InvalidRequest(f"{out}: {noun} files; name one that ends in .{suffix}, or a folder")
+    if out.suffix.lower() not in {f".{KINDS[stored_as].suffix}", f".{stored_as}"}:
+        ending = KINDS[stored_as].suffix
+        raise InvalidRequest(
+            f"{out}: the pictures are {NAMES[stored_as]} files; name one that ends in .{ending}, or a folder, or say "
+            "another --format"
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     return (out, None) if count == 1 else (out.parent, out.stem)
 
 
 def free_path(folder: Path, stem: str, job: JobView) -> Path:
-    """`<stem>-<seed>.png` (or `.webp`), with a number if that is another picture: rendering overwrites nothing."""
+    """`<stem>-<seed>.png` (or its format's end), with a number if that is another picture: nothing is overwritten."""
     from farm.client.pictures import holds
 
     sha256 = job.image.sha256 if job.image else ""

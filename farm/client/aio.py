@@ -221,6 +221,13 @@ class AsyncFarm:
     async def retry_job(self, job: JobView | Id) -> JobView:
         return await self._request(calls.act_on_job(calls.id_of(job), "retry"))
 
+    async def replay(self, job: JobView | Id, *, idempotency_key: str | None = None) -> JobView:
+        """Render the recipe of a job that has a picture again, as a job of its own.
+
+        Wait for it, and its `replay` tells how far the two pictures are apart.
+        """
+        return await self._request(calls.replay(calls.id_of(job), idempotency_key))
+
     async def delete_job(self, job: JobView | Id) -> None:
         await self._request(calls.delete("jobs", calls.id_of(job)))
 

@@ -68,6 +68,8 @@ class JobFields(TypedDict, total=False):
     motion: str
     frames: int
     fps: int
+    format: Literal["png", "webp", "jpeg"]
+    quality: int
     seed: int
     priority: int
     labels: Mapping[str, str]
@@ -222,6 +224,10 @@ def batches(state: str | None, labels: Mapping[str, str], limit: int) -> Callabl
 
 def act_on_job(job_id: Id, verb: Literal["cancel", "retry"]) -> Call[JobView]:
     return Call("POST", f"{API}/jobs/{segment(job_id)}/{verb}", JOB, repeatable=verb != "retry")
+
+
+def replay(job_id: Id, key: str | None) -> Call[JobView]:
+    return Call("POST", f"{API}/jobs/{segment(job_id)}/replay", JOB, headers=once(key))
 
 
 def act_on_batch(batch_id: Id, verb: Literal["cancel", "pause", "resume", "retry"]) -> Call[BatchView]:

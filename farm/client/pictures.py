@@ -43,7 +43,7 @@ class Downloaded:
 
 
 def file_name(job: JobView) -> str:
-    """`NNNNNN-<seed>.png` (an animation: `.webp`): the job's number in its batch, then its seed.
+    """`NNNNNN-<seed>.png` (or `.webp`, `.jpg`): the job's number in its batch, then its seed.
 
     Sorted by name, the pictures of a batch stand in the order they were submitted in.
     """

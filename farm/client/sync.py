@@ -184,7 +184,7 @@ class Farm:
     # Pictures
 
     def image(self, job: JobView) -> bytes:
-        """The picture of a succeeded job (PNG)."""
+        """The picture of a succeeded job, in the format it asked for."""
         return self._run(pictures.picture(job, self._random))
 
     def images(self, batch: BatchView | Id) -> Iterator[tuple[JobView, bytes]]:
@@ -198,7 +198,8 @@ class Farm:
     def download(
         self, batch: BatchView | Id, out_dir: Path | str, on_progress: Callable[[Saved, int], object] | None = None
     ) -> Downloaded:
-        """The pictures of a batch as files named `NNNNNN-<seed>.png` beside a manifest; run it again to go on.
+        """The pictures of a batch as files named `NNNNNN-<seed>.png`, or as they end, beside a manifest; run it again
+        to go on.
 
         What is there already with the right content is not fetched again. `on_progress` is told each picture and how
         many there are by then.
@@ -239,6 +240,13 @@ class Farm:
 
     def retry_job(self, job: JobView | Id) -> JobView:
         return self._request(calls.act_on_job(calls.id_of(job), "retry"))
+
+    def replay(self, job: JobView | Id, *, idempotency_key: str | None = None) -> JobView:
+        """Render the recipe of a job that has a picture again, as a job of its own.
+
+        Wait for it, and its `replay` tells how far the two pictures are apart.
+        """
+        return self._request(calls.replay(calls.id_of(job), idempotency_key))
 
     def delete_job(self, job: JobView | Id) -> None:
         self._request(calls.delete("jobs", calls.id_of(job)))

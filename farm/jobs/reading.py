@@ -9,6 +9,7 @@ from sqlalchemy import Connection, RowMapping
 
 from farm.cursors import decode, next_cursor
 from farm.errors import InvalidRequest, NotFound
+from farm.formats import format_of
 from farm.jobs.running import StoredImage
 from farm.queries import models as model_rows
 from farm.queries import reading as rows
@@ -196,7 +197,7 @@ def job_view(row: RowMapping) -> JobView:
         replay = ReplayView(of=row["original_id"], **apart)
     wanted = ("prompt", "negative_prompt", "width", "height", "steps", "guidance_scale", "scheduler", "seed", "task")
     recipe: dict[str, Any] = {name: body[name] for name in wanted}
-    recipe |= {name: body.get(name) for name in ("strength", "mask", "composite", "frames", "fps")}
+    recipe |= {name: body.get(name) for name in ("strength", "mask", "composite", "frames", "fps", "quality")}
     same = ("id", "batch_id", "number", "state", "attempt", "priority", "labels", "warnings")
     moments = ("created_at", "run_at", "started_at", "finished_at")
     return JobView(
@@ -208,6 +209,7 @@ def job_view(row: RowMapping) -> JobView:
         vae=names.get("vae"),
         source=body.get("image"),
         motion=names.get("motion"),
+        format=format_of(body),
         controls=[ControlChoice(**use, name=names["controlnets"][use["hash"]]) for use in body.get("controls", ())],
         error=error,
         image=image,

@@ -61,6 +61,24 @@ def test_a_file_may_be_named(run: Run, fake: FakeFarm, count: int, written: list
     assert run("render", "wall", "--count", count, "--out", "a/b.png").stdout.splitlines() == written
 
 
+@pytest.mark.parametrize(
+    ("stored_as", "suffix", "out"),
+    [("webp", "webp", "wall.webp"), ("jpeg", "jpg", "wall.jpeg"), ("jpeg", "jpg", "o.JPG")],
+)
+def test_a_picture_is_called_as_its_format(run: Run, fake: FakeFarm, stored_as: str, suffix: str, out: str) -> None:
+    batch_id = serve_pictures(fake, job_document(format=stored_as, quality=80))
+    done = batch_document(1, succeeded=1) | {"id": batch_id}
+    fake.on("POST", f"{API}/jobs", Reply(201, job_document(state="queued", batch_id=batch_id)))
+    fake.on("GET", f"{API}/batches/{batch_id}", Reply(body=done))
+    wanted = ["render", "wall", "--format", stored_as, "--quality", 80]
+    assert run(*wanted).stdout == f"wall-7.{suffix}\n"
+    assert (fake.asked[0].lines[0]["format"], fake.asked[0].lines[0]["quality"]) == (stored_as, 80)
+    assert run(*wanted, "--out", out).stdout == f"{out}\n"
+    assert run("download", batch_id, "--out", "all").exit_code == 0
+    assert Path(f"all/000000-7.{suffix}").read_bytes() == PICTURE
+    assert f'"file":"000000-7.{suffix}"' in Path("all/manifest.ndjson").read_text()
+
+
 def test_for_scripts(run: Run, fake: FakeFarm) -> None:
     _serve(fake, 2)
     lines = [orjson.loads(line) for line in run("render", "wall", "--count", 2, "--json").stdout.splitlines()]
@@ -77,7 +95,9 @@ def test_what_failed_is_said_and_the_rest_is_written(run: Run, fake: FakeFarm) -
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--out", "wall.jpg"], "PNG"),
+        (["--out", "wall.jpg"], "the pictures are PNG files; name one that ends in .png"),
+        (["--out", "wall.png", "--format", "jpeg"], "the pictures are JPEG files; name one that ends in .jpg"),
+        (["--format", "gif"], "none of png, webp, jpeg"),
         (["--size", "64"], "WIDTHxHEIGHT"),
         (["--adapter", "moss:nan"], "NAME:WEIGHT"),
         (["--count", "0"], "--count"),

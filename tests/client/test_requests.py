@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from farm import errors
-from farm.client import Farm, transport
+from farm.client import AsyncFarm, Farm, transport
 from farm.client.problems import BY_CODE, error_from
 from farm.views import BatchView, JobView
 from tests.client.fake import FakeFarm, Reply, batch_document, job_document, page, problem
@@ -25,6 +25,28 @@ def test_a_prompt_becomes_a_job(fake: FakeFarm, farm: Farm) -> None:
     assert asked.lines == [{"prompt": "A crack", "width": 64, "height": 64, "labels": {"wall": "north"}}]
     assert asked.headers["authorization"] == "Bearer key-of-ours"
     assert asked.headers["idempotency-key"]
+
+
+def test_a_replay_is_asked_for_once(fake: FakeFarm, farm: Farm) -> None:
+    job = job_document()
+    compared = {"of": job["id"], "levels": 1, "mean_levels": 0.01, "differing": 0.02}
+    path = f"{JOBS}/{job['id']}/replay"
+    fake.on("POST", path, Reply(hang_up=True), Reply(201, job_document(state="queued", replay={"of": job["id"]})))
+    fake.on("POST", path, Reply(201, job_document(replay=compared)))
+    queued = farm.replay(JobView.model_validate(job))
+    assert queued.replay is not None
+    assert (str(queued.replay.of), queued.replay.levels) == (job["id"], None)
+    keys = [asked.headers["idempotency-key"] for asked in fake.asked]
+    assert keys == [keys[0]] * 2, "the farm must know it for the same request"
+
+    async def use() -> JobView:
+        async with AsyncFarm(fake.url, "k") as other:
+            return await other.replay(job["id"], idempotency_key="mine")
+
+    answered = asyncio.run(use())
+    assert answered.replay is not None
+    assert answered.replay.levels == 1
+    assert fake.asked[-1].headers["idempotency-key"] == "mine"
 
 
 def test_a_count_answers_a_batch(fake: FakeFarm, farm: Farm) -> None:

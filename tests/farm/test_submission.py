@@ -149,6 +149,27 @@ def test_profile_gives_the_defaults(queue: Queue) -> None:
     assert recipe.acceleration.hash == "b" * 64
 
 
+def test_a_picture_is_a_png_unless_its_job_says_otherwise(queue: Queue) -> None:
+    """Recipes of PNGs are as they were before there was a choice, and what a file is called tells no lanes apart."""
+    told: list[dict[str, Any]] = [{}, {"format": "png"}, {"format": "webp"}, {"format": "jpeg"}, {"quality": 70}]
+    told[-1]["format"] = "jpeg"
+    motion = {"motion": "wind", "frames": 2, "width": 128}
+    queue.submit([{"prompt": "x", "seed": 1, **one} for one in told])
+    queue.submit([{"prompt": "x", "seed": 1, **motion, **one} for one in ({}, {"format": "webp"})])
+    stills, moving = queue.claim(), queue.claim()
+    assert stills is not None
+    assert moving is not None
+    recipes = [job.recipe for job in stills.jobs]
+    assert [(one.format, one.quality) for one in recipes] == [
+        (None, None), (None, None), ("webp", None), ("jpeg", 90), ("jpeg", 70),
+    ]  # fmt: skip
+    assert recipes[0].hash == recipes[1].hash
+    assert "format" not in recipes[0].canonical().decode()
+    assert (len({one.hash for one in recipes}), len({one.lane for one in recipes})) == (4, 1)
+    assert len({job.recipe.hash for job in moving.jobs}) == 1
+    assert {job.recipe.kind.suffix for job in moving.jobs} == {"webp"}
+
+
 class Slow(BytesIO):
     """A spool on a disk that takes its time."""
 

@@ -24,7 +24,7 @@ from farm.storage import Store
 from tests.pipelines import originals, toys
 from tests.registering.conftest import PROFILE, Bench
 from tests.registering.hub import COMMIT, Hub
-from workers import pictures
+from workers import formats
 from workers.pipelines import original
 
 pytestmark = pytest.mark.timeout(300)
@@ -58,7 +58,7 @@ def render(bench: Bench, **fields: Any) -> tuple[Any, dict[str, Any]]:
     assert job.state == "succeeded", job.error
     with Image.open(io.BytesIO(bench.store.get(bench.do(jobs.image_of, mine, job.id).key))) as image:
         image.load()
-        told = image.info.get("farm") or image.getexif()[pictures.DESCRIPTION]
+        told = image.info.get("farm") or image.getexif()[formats.DESCRIPTION]
         return job, json.loads(told)
 
 

@@ -5,23 +5,12 @@ import json
 
 import numpy as np
 import pytest
-from PIL import Image, ImageSequence
+from PIL import Image
 
 from farm.painter import paint, sample_scene
 from farm.recipe import AdapterUse, Recipe
 from tests.stub_worker import picture
-from workers.pictures import (
-    DESCRIPTION,
-    EXIF_IFD,
-    UNICODE,
-    USER_COMMENT,
-    a1111,
-    decode_animation,
-    encode_animation,
-    encode_png,
-    encode_thumbnail,
-    metadata,
-)
+from workers.pictures import a1111, encode_png, encode_thumbnail, metadata
 
 RECIPE = Recipe(
     prompt="A single split crack on a concrete wall",
@@ -53,34 +42,6 @@ def test_a_slice_of_a_larger_array_is_encoded_too() -> None:
     pixels = picture(RECIPE)[::2, ::-1]
     with Image.open(io.BytesIO(encode_png(pixels, texts={}, level=1))) as image:
         assert np.array_equal(np.asarray(image), pixels)
-
-
-@pytest.mark.parametrize("fps", [1, 7, 60])
-def test_an_animation_holds_exactly_its_frames(fps: int) -> None:
-    frames = np.random.default_rng(1).integers(0, 256, (5, 33, 97, 3)).astype(np.uint8)
-    # Equal neighbours are one frame of the file, shown longer.
-    frames[2] = frames[1]
-    made = encode_animation(frames, fps=fps, texts={})
-    assert np.array_equal(decode_animation(made, frames=5, fps=fps), frames)
-    with Image.open(io.BytesIO(made)) as image:
-        assert len(list(ImageSequence.Iterator(image))) == 4
-        assert not image.getexif(), "no text"
-
-
-def test_an_animation_that_stands_still_holds_its_frames_too() -> None:
-    frames = np.repeat(np.random.default_rng(1).integers(0, 256, (1, 33, 97, 3)).astype(np.uint8), 6, axis=0)
-    assert np.array_equal(decode_animation(encode_animation(frames, fps=8, texts={}), frames=6, fps=8), frames)
-
-
-def test_an_animation_says_what_it_is() -> None:
-    recipe = RECIPE.model_copy(update={"prompt": "ein Riß 裂", "motion": "c" * 64, "frames": 2, "fps": 4})
-    texts = metadata(recipe, names={**NAMES, "motion": "wind"}, labels={})
-    with Image.open(io.BytesIO(encode_animation(np.zeros((2, 8, 8, 3), np.uint8), fps=4, texts=texts))) as image:
-        exif = image.getexif()
-    comment = exif.get_ifd(EXIF_IFD)[USER_COMMENT]
-    assert comment.removeprefix(UNICODE).decode("utf-16-be") == texts["parameters"]
-    assert "Motion: wind, Frames: 2" in texts["parameters"]
-    assert Recipe.parse(json.loads(exif[DESCRIPTION])["recipe"]) == recipe
 
 
 def test_other_shapes_are_refused() -> None:

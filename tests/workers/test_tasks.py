@@ -208,6 +208,8 @@ WRONG: list[tuple[Callable[[str], dict[str, Any]], str, str]] = [
     (lambda _: {"motion": "wind"}, "motion", "there is no motion adapter named wind"),
     (lambda _: {"motion": "wind", "frames": 65}, "frames", "less than"),
     (lambda one: {"motion": "wind", "image": one}, "image", "does not go with motion"),
+    (lambda _: {"motion": "wind", "format": "jpeg"}, "format", "stored as lossless WebP, not as jpeg"),
+    (lambda _: {"motion": "wind", "format": "webp", "quality": 80}, "quality", "keeps every pixel"),
 ]
 
 
