@@ -112,7 +112,7 @@ class Settings(BaseSettings):
     """Bytes kept there; least recently used goes first."""
     png_compress_level: Annotated[int, Field(ge=0, le=9)] = 1
     thumbnail_pixels: Annotated[int, Field(ge=16, le=1024)] = 256
-    """Longer side of the WebP thumbnail."""
+    """Longer side of the WebP thumbnail. A picture that is no larger is its own."""
 
     heartbeat: Seconds = timedelta(seconds=5)
     """How often a worker renews its claims."""

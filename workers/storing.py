@@ -68,7 +68,9 @@ class Storing:
                 try:
                     apart = self._compared(job, pixels, body)
                     self._store.put(image.key, body, job.recipe.kind.media_type, image.sha256)
-                    self._store.put(image.thumbnail_key, thumbnail, "image/webp", hashlib.sha256(thumbnail).hexdigest())
+                    if thumbnail is not None:
+                        digest = hashlib.sha256(thumbnail).hexdigest()
+                        self._store.put(image.thumbnail_key, thumbnail, "image/webp", digest)
                     return Result(job.id, job.attempt, Outcome.SUCCEEDED, image, difference=apart)
                 except Unavailable as error:
                     log.warning("upload failed", job=str(job.id), error=error.message)
@@ -97,22 +99,28 @@ class Storing:
         shown = pixels if job.recipe.lossless else decode(body, job.recipe)
         return difference(shown, decode(before, job.recipe))
 
-    def _encode(self, job: ClaimedJob, pixels: Pixels) -> tuple[StoredImage, bytes, bytes]:
+    def _encode(self, job: ClaimedJob, pixels: Pixels) -> tuple[StoredImage, bytes, bytes | None]:
+        """The picture's row, its file, and its thumbnail unless it is small enough to be its own."""
         recipe = job.recipe
         texts = metadata(recipe, names=job.names, labels=job.labels) if job.metadata else {}
         body = encode(pixels, recipe, texts=texts, png_level=self._settings.png_compress_level)
         still = pixels[0] if recipe.fps else pixels
-        thumbnail = encode_thumbnail(still, longer_side=self._settings.thumbnail_pixels)
-        sha256 = hashlib.sha256(body).hexdigest()
         height, width, _ = still.shape
-        image = StoredImage(
-            key=image_key(job.project_id, job.id, job.attempt, sha256, recipe.kind.suffix),
+        sha256 = hashlib.sha256(body).hexdigest()
+        key = small_key = image_key(job.project_id, job.id, job.attempt, sha256, recipe.kind.suffix)
+        thumbnail = None
+        if recipe.fps or max(width, height) > self._settings.thumbnail_pixels:
+            thumbnail = encode_thumbnail(still, longer_side=self._settings.thumbnail_pixels)
             # Each object's key ends in its own hash; the API reads a thumbnail's from there.
-            thumbnail_key=image_key(job.project_id, job.id, job.attempt, hashlib.sha256(thumbnail).hexdigest(), "webp"),
+            digest = hashlib.sha256(thumbnail).hexdigest()
+            small_key = image_key(job.project_id, job.id, job.attempt, digest, "webp")
+        image = StoredImage(
+            key=key,
+            thumbnail_key=small_key,
             sha256=sha256,
             bytes=len(body),
             width=width,
             height=height,
-            thumbnail_bytes=len(thumbnail),
+            thumbnail_bytes=len(body if thumbnail is None else thumbnail),
         )
         return image, body, thumbnail

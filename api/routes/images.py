@@ -26,19 +26,21 @@ def get_image(
 ) -> Response:
     """The picture, as its job asked for it, by redirect to where it can be fetched for a while without a key."""
     image = jobs.image_of(conn, caller.project_id, job_id)
-    return _link(farm, image.key, f"{job_id}.{image.key.rpartition('.')[2]}", wanted)
+    return _link(farm, image.key, job_id, wanted)
 
 
 @router.get("/{job_id}/thumbnail", response_model=ImageLink, responses=REDIRECTED)
 def get_thumbnail(
     job_id: UUID, caller: ReaderDep, farm: FarmDep, conn: ConnDep, wanted: Annotated[Link, Query()]
 ) -> Response:
-    """A small copy of the picture (WebP), by redirect to where it can be fetched for a while without a key."""
+    """A small copy of the picture (WebP), by redirect to where it can be fetched for a while without a key. A picture
+    that is no larger than a thumbnail is its own."""
     image = jobs.image_of(conn, caller.project_id, job_id)
-    return _link(farm, image.thumbnail_key, f"{job_id}.webp", wanted)
+    return _link(farm, image.thumbnail_key, job_id, wanted)
 
 
-def _link(farm: Farm, key: str, filename: str, wanted: Link) -> Response:
+def _link(farm: Farm, key: str, job_id: UUID, wanted: Link) -> Response:
+    filename = f"{job_id}.{key.rpartition('.')[2]}"
     lasting = farm.settings.presign_expiry
     until = datetime.now(UTC) + lasting
     url = farm.store.presign(key, filename, lasting)

@@ -65,8 +65,10 @@ def render(pipe: Any, jobs: Sequence[dict[str, Any]], orders: dict[str, Any], in
         ).images
         for number, picture in enumerate(pictures, first):
             picture.save(out / f"{number}.png", compress_level=orders["png_compress_level"], pnginfo=infos[number])
-            picture.thumbnail((orders["thumbnail_pixels"],) * 2, Image.Resampling.LANCZOS, reducing_gap=2.0)
-            picture.save(out / f"{number}.webp", quality=80, method=1)
+            # As the farm does: a picture that is no larger than a thumbnail is its own.
+            if max(picture.size) > orders["thumbnail_pixels"]:
+                picture.thumbnail((orders["thumbnail_pixels"],) * 2, Image.Resampling.LANCZOS, reducing_gap=2.0)
+                picture.save(out / f"{number}.webp", quality=80, method=1)
     return time.perf_counter() - start
 
 

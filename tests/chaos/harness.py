@@ -66,6 +66,8 @@ class Chaos:
                 "api_port": free_port(),
                 "cache_dir": folder / "cache",
                 "micro_batch": 4,
+                # Two objects for each picture: a crash may come between them.
+                "thumbnail_pixels": 64,
                 "database_pool_size": 6,
                 "log_format": "console",
                 "webhook_networks": "127.0.0.0/8",

@@ -27,7 +27,6 @@ from workers.executor import Executor
 from workers.exits import Exit
 from workers.feed import readable
 from workers.leaving import Leaving
-from workers.pictures import encode_png
 
 
 class Ordered(StubRenderer):
@@ -90,10 +89,23 @@ def test_the_stored_picture_is_the_rendered_one_with_its_recipe(executor: Execut
         assert image.info["parameters"].startswith("a crack")
         pixels = np.asarray(image)
     assert np.array_equal(pixels, picture(Recipe.parse(told["recipe"])))
-    with Image.open(io.BytesIO(store.get(stored.thumbnail_key))) as thumbnail:
-        assert thumbnail.format == "WEBP"
+    # No larger than a thumbnail, so it is its own.
+    assert (stored.thumbnail_key, stored.thumbnail_bytes) == (stored.key, stored.bytes)
     for secret in (str(farm.project), str(job.id), stored.key):
         assert secret.encode() not in png
+
+
+def test_a_picture_larger_than_a_thumbnail_has_one(
+    database: Database, store: Store, settings: Settings, farm: Queue
+) -> None:
+    small = settings.model_copy(update={"thumbnail_pixels": 64})
+    batch = farm.submit(1)
+    assert Executor(database, store, StubRenderer(), small, farm.worker).work_once()
+    stored = farm.do(jobs.image_of, farm.project, items(farm, batch)[0].id)
+    thumbnail = store.get(stored.thumbnail_key)
+    assert len(thumbnail) == stored.thumbnail_bytes
+    with Image.open(io.BytesIO(thumbnail)) as image:
+        assert (image.format, image.size) == ("WEBP", (64, 64))
 
 
 def test_no_metadata_on_request(executor: Executor, farm: Queue, store: Store) -> None:
@@ -146,14 +158,14 @@ def test_a_picture_that_cannot_be_encoded_fails_no_neighbour(
     executor: Executor, farm: Queue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch = farm.submit([{"prompt": f"crack {n}", "seed": n} for n in range(3)])
-    real = encode_png
+    real = storing.encode
 
-    def fails_on_one(pixels: Any, *, texts: dict[str, str], level: int) -> bytes:
-        if texts["parameters"].startswith("crack 1"):
+    def fails_on_one(pixels: Any, recipe: Recipe, **more: Any) -> bytes:
+        if recipe.prompt == "crack 1":
             raise MemoryError
-        return real(pixels, texts=texts, level=level)
+        return real(pixels, recipe, **more)
 
-    monkeypatch.setattr(storing, "encode_png", fails_on_one)
+    monkeypatch.setattr(storing, "encode", fails_on_one)
     executor.work_once()
     assert farm.counts(batch) == {"succeeded": 2, "queued": 1}
 

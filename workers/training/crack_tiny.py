@@ -67,11 +67,11 @@ class Settings:
     distil_strength: float = 1.1
     """The adapter falls short of its target, so this much of it goes on: better than 1.0 for walls, cracks
     and directions alike, on 240 prompts that the model card's figures do not use."""
-    decoder_steps: int = 1_600
+    decoder_steps: int = 1_000
     decoder_rate: float = 4e-4
     reader_steps: int = 3_000
     reader_rate: float = 1e-3
-    sharpen_steps: int = 3_000
+    sharpen_steps: int = 1_800
     sharpen_rate: float = 3e-4
     sharpen_weight: float = 0.02
     bf16: bool = True
