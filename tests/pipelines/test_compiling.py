@@ -9,7 +9,7 @@ import gc
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -23,7 +23,7 @@ from torch._dynamo.utils import counters
 
 from farm.recipe import Recipe
 from workers.pipelines import compiling
-from workers.pipelines.compiling import MOST_FAILURES, WORTH_CALLS, Compiler, compiler_for, inductor
+from workers.pipelines.compiling import MOST_FAILURES, TRIES, WORTH_CALLS, Compiler, compiler_for, inductor
 from workers.pipelines.device import Device
 from workers.pipelines.engine import Engine
 from workers.pipelines.graphs import Capture, Graphs
@@ -88,12 +88,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return toys.sd(tmp_path_factory.mktemp("tiny"), **narrow, up_block_types=("CrossAttnUpBlock2D",))
 
 
-@pytest.fixture(autouse=True)
-def _inference() -> Iterator[None]:
-    with torch.inference_mode():
-        yield
-
-
+@torch.inference_mode()
 def ask(compiler: Compiler, pipeline: Pipeline, x: Tensor, times: int = 1, **options: Any) -> Tensor:
     """What the network answers, through the compiler, so often; it must be right each time."""
     expected = pipeline.unet(x, **options)[0]
@@ -116,7 +111,7 @@ def files(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
     shapes = load(tiny, "sd", torch.float32, torch.float32).merger.shapes
     layers = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if ".attn" in name}
     unet = {name: shape for name, shape in layers.items() if name.startswith("unet.")}
-    styles = {f"style{n}": toys.changes(unet, seed=n, rank=4 if n < 3 else 16) for n in range(4)}
+    styles = {f"style{n}": toys.changes(unet, seed=n) for n in range(3)}
     made = {name: toys.diffusers_file(folder / f"{name}.safetensors", of) for name, of in styles.items()}
     return {"sd": tiny, **made}
 
@@ -174,13 +169,13 @@ def test_swaps_and_slots_after_the_switch_compile_nothing(
     same([recipe(0, **style(1)), recipe(1)])
     assert backend.calls == calls + 2 * 5
     assert {name: dict(found) for name, found in counters.items()} == traced
-    # A higher rank makes other stacks: the graph with the old ones must not serve.
-    same([recipe(0, **style(3)), recipe(1, **style(1))])
-    assert engine.compiler.settled(SECONDS)
-    same([recipe(0, **style(3)), recipe(1, **style(1))])
-    assert backend.graphs == 4
+    # Nothing new is wanted from here on.
+    monkeypatch.setattr(compiling, "WORTH_CALLS", 1000)
     ways("merged")
     same(mixed)
+    # A process that ends by leaving its threads behind, as tests do, must not leave one in the middle of tracing.
+    engine.compiler.close()
+    assert engine.compiler.settled(SECONDS)
 
 
 def test_only_what_is_asked_for_again_is_compiled(pipeline: Pipeline) -> None:
@@ -220,12 +215,12 @@ def test_a_backend_that_fails_fails_no_call(pipeline: Pipeline) -> None:
     compiler = Compiler(HERE, backend)
     with capture_logs() as logs:
         for rows in range(1, MOST_FAILURES + 2):
-            ask(compiler, pipeline, torch.ones(rows, 4), 2 * WORTH_CALLS)
-            assert compiler.settled(SECONDS)
-            ask(compiler, pipeline, torch.ones(rows, 4), 2 * WORTH_CALLS)
+            for _ in range(TRIES + 1):
+                compiled(compiler, pipeline, torch.ones(rows, 4))
     told = [one["event"] for one in logs if one["log_level"] == "warning"]
     assert told == ["not compiled: served as it is"] * MOST_FAILURES + ["nothing is compiled any more"]
-    assert "no compiler is here" in logs[0]["error"]
+    assert len(logs) == TRIES * MOST_FAILURES + 1
+    assert all("no compiler is here" in one["error"] for one in logs[:-1])
     assert (compiler.told()["failed"], compiler.told()["ready"]) == (MOST_FAILURES, 0)
 
 
@@ -245,10 +240,12 @@ def test_a_program_that_answers_wrongly_never_serves(pipeline: Pipeline, wrong: 
     compiler = Compiler(HERE, Backend(make))
     x = torch.randn(2, 4)
     with capture_logs() as logs:
-        compiled(compiler, pipeline, x)
-        ask(compiler, pipeline, x, 2 * WORTH_CALLS)
-    assert len(logs) == 2, "that it was compiled, and that it does not serve"
-    assert ("0.01 of the greatest" if wrong == "another answer" else "stride 1") in logs[1]["error"]
+        for _ in range(TRIES + 1):
+            compiled(compiler, pipeline, x)
+    assert [one["event"] for one in logs] == [
+        "compiled", "not compiled: will be tried once more", "compiled", "not compiled: served as it is",
+    ]  # fmt: skip
+    assert ("0.01 of the greatest" if wrong == "another answer" else "stride 1") in logs[-1]["error"]
     assert not pipeline.programs
 
 
@@ -268,8 +265,11 @@ def test_a_program_that_fails_later_is_given_up(pipeline: Pipeline) -> None:
     compiled(compiler, pipeline, x)
     ask(compiler, pipeline, x)
     broken.set()
-    ask(compiler, pipeline, x, 2 * WORTH_CALLS)
-    assert compiler.told() | {"seconds": 0} == {"ready": 0, "graphs": 0, "waiting": 0, "failed": 1, "seconds": 0}
+    ask(compiler, pipeline, x, 2)
+    assert compiler.told() | {"seconds": 0} == {"ready": 0, "graphs": 0, "waiting": 0, "failed": 0, "seconds": 0}
+    compiled(compiler, pipeline, x)
+    compiled(compiler, pipeline, x)
+    assert (compiler.told()["ready"], compiler.told()["failed"], len(pipeline.programs)) == (0, 1, 0)
 
 
 def test_memory_that_runs_out_is_left_to_the_engine(pipeline: Pipeline) -> None:
@@ -301,7 +301,12 @@ def test_slots_that_are_let_go_take_their_programs_along(tiny: Path) -> None:
     pipeline.clear_slots()
     assert (pipeline.programs, pipeline.slots.engaged) == ({"plain": other}, None)
     slotted(pipeline, [[(one, 1.0)]])
-    assert pipeline.slots.engaged != before, "other stacks of the same layers"
+    again = pipeline.slots.engaged
+    assert again != before, "other stacks of the same layers"
+    slotted(pipeline, [[(one, 0.5)]])
+    assert pipeline.slots.engaged == again
+    slotted(pipeline, [[(adapter("b", pipeline.merger.shapes, 2, rank=8, only="attn1"), 1.0)]])
+    assert pipeline.slots.engaged != again, "a higher rank makes others too"
 
 
 def fake(seen: list[Any]) -> Capture:

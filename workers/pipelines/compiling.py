@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -37,8 +38,11 @@ MOST_COUNTED = 1000
 """Kinds whose calls are counted; past that all counts begin anew."""
 MOST_PROGRAMS = 32
 """Programs of one checkpoint; the oldest goes first."""
+TRIES = 2
+"""How often a kind is compiled before it is given up. Loading a checkpoint changes what is everybody's in torch (the
+default number type, for one) for moments, and what is traced meanwhile may be spoilt."""
 MOST_FAILURES = 3
-"""So many failures before any success, and nothing is compiled any more: there is no compiler, most likely."""
+"""So many kinds given up before any success, and nothing is compiled any more: there is no compiler, most likely."""
 
 APART = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 """How far a program's answer may be from its network's, as a share of the network's greatest value."""
@@ -71,9 +75,9 @@ class Compiler:
         self._changed = Condition()
         self._counts: dict[Key, int] = {}
         self._wanted: dict[Key, Wanted] = {}
-        # Every pipeline that something was compiled for, and which of its kinds are not to be tried again.
-        self._known: weakref.WeakKeyDictionary[Pipeline, set[Key]] = weakref.WeakKeyDictionary()
-        self._failures = 0
+        # Every pipeline that something was compiled for, and how often which of its kinds failed.
+        self._known: weakref.WeakKeyDictionary[Pipeline, Counter[Key]] = weakref.WeakKeyDictionary()
+        self._given_up = 0
         self._seconds = 0.0
         self._thread: Thread | None = None
         self._closed = backend is None
@@ -101,7 +105,7 @@ class Compiler:
         except Exception as error:
             if is_out_of_memory(error) or is_fatal(error):
                 raise
-            self._give_up(key, pipeline, error)
+            self._failed(key, pipeline, error)
         return first(plain(*given, **options))
 
     def told(self) -> dict[str, Any]:
@@ -113,7 +117,7 @@ class Compiler:
                 "ready": sum(one.tried for one in programs),
                 "graphs": sum(one.graph is not None for one in programs),
                 "waiting": len(self._wanted) + (self._at is not None),
-                "failed": self._failures,
+                "failed": self._given_up,
                 "seconds": round(self._seconds, 1),
             }
 
@@ -123,7 +127,8 @@ class Compiler:
         return sum(program.let_go() for program in tuple(pipeline.programs.values())) > 0
 
     def close(self) -> None:
-        """Compile nothing more. What is being compiled is not waited for: its thread ends with the process."""
+        """Compile nothing more. What is being compiled is not waited for: workers end by leaving their threads behind.
+        A process that ends otherwise waits until all is `settled`."""
         with self._changed:
             self._closed = True
             self._wanted.clear()
@@ -140,7 +145,8 @@ class Compiler:
         """One call more of this kind. Enough of them, and it is compiled."""
         with self._changed:
             self._purge()
-            if self._closed or key == self._at or key in self._known.get(pipeline, ()):
+            known = self._known.get(pipeline)
+            if self._closed or key == self._at or (known is not None and known[key] >= TRIES):
                 return
             if (waiting := self._wanted.get(key)) is not None:
                 waiting.calls += 1
@@ -172,7 +178,7 @@ class Compiler:
                 self._at = None
                 self._purge()
                 self._changed.notify_all()
-                self._changed.wait_for(lambda: self._closed or self._wanted)
+                self._changed.wait_for(lambda: bool(self._closed or self._wanted))
                 if self._closed:
                     return
                 key = max(self._wanted, key=lambda one: self._wanted[one].calls)
@@ -199,11 +205,11 @@ class Compiler:
         if pipeline is None:
             return
         if program is None:
-            self._give_up(key, pipeline, failure)
+            self._failed(key, pipeline, failure)
             return
         log.info("compiled", shapes=str(wanted.form), seconds=round(seconds, 1))
         with self._changed:
-            self._known.setdefault(pipeline, set())
+            self._known.setdefault(pipeline, Counter())
         while len(pipeline.programs) >= MOST_PROGRAMS:
             pipeline.programs.pop(next(iter(pipeline.programs)), None)
         # One assignment: a call finds all of it or nothing.
@@ -222,7 +228,7 @@ class Compiler:
             program.tried = True
             log.info("served compiled from now on", apart=apart)
         else:
-            self._give_up(key, pipeline, CannotCompile(f"its answer is {apart:.3g} of the greatest value away"))
+            self._failed(key, pipeline, CannotCompile(f"its answer is {apart:.3g} of the greatest value away"))
         return expected
 
     def _answer(self, program: Program, tensors: Sequence[Tensor]) -> Tensor:
@@ -235,16 +241,24 @@ class Compiler:
                 self._quiet.release()
         return program(*tensors) if program.graph is None else program.graph(*tensors)
 
-    def _give_up(self, key: Key, pipeline: Pipeline, error: Exception | None) -> None:
-        """This kind of call is served by the network as it is, from now on."""
+    def _failed(self, key: Key, pipeline: Pipeline, error: Exception | None) -> None:
+        """This kind of call is served by the network as it is: until it is compiled anew, or for good."""
         pipeline.programs.pop(key, None)
         with self._changed:
-            self._known.setdefault(pipeline, set()).add(key)
-            self._failures += 1
-            working = any(one.tried for known in list(self._known) for one in tuple(known.programs.values()))
-        log.warning("not compiled: served as it is", error=f"{type(error).__name__}: {error}"[:500])
-        if self._failures >= MOST_FAILURES and not working:
-            log.warning("nothing is compiled any more", failures=self._failures)
+            known = self._known.setdefault(pipeline, Counter())
+            known[key] += 1
+            again = known[key] < TRIES
+            self._given_up += not again
+            hopeless = self._given_up >= MOST_FAILURES and not any(
+                program.tried for one in list(self._known) for program in tuple(one.programs.values())
+            )
+        told = f"{type(error).__name__}: {error}"[:500]
+        if again:
+            log.info("not compiled: will be tried once more", error=told)
+            return
+        log.warning("not compiled: served as it is", error=told)
+        if hopeless:
+            log.warning("nothing is compiled any more", given_up=self._given_up)
             self.close()
 
 
