@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from farm.recipe import Recipe
-from workers.pipelines import compiling
+from workers.pipelines import compiling, programs
 from workers.pipelines.compiling import MOST_FAILURES, TRIES, WORTH_CALLS, Compiler, compiler_for, inductor
 from workers.pipelines.device import Device
 from workers.pipelines.engine import Engine
@@ -205,6 +205,34 @@ def test_what_torch_offers_without_a_compiler_serves_too(pipeline: Pipeline) -> 
         for weight in pipeline.unet.parameters():
             weight.copy_(torch.randn_like(weight))
     ask(compiler, pipeline, torch.randn(2, 4), 2)
+
+
+def test_no_model_is_read_while_one_is_traced(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading patches what is everybody's in torch; the backend, which takes minutes, holds nobody up."""
+    happened: list[str] = []
+
+    class Reading:
+        def __enter__(self) -> None:
+            happened.append("held")
+
+        def __exit__(self, *_: object) -> None:
+            happened.append("free")
+
+    def make(graph: torch.fx.GraphModule, _examples: Any) -> Callable[..., Any]:
+        happened.append("backend")
+        return graph.forward
+
+    monkeypatch.setattr(programs, "LOADING", Reading())
+    compiler = Compiler(HERE, Backend(make))
+    compiled(compiler, pipeline, torch.ones(2, 4))
+    assert happened == ["held", "free", "backend"]
+
+    def untraceable(_x: Tensor) -> Any:
+        raise ValueError("nothing to be had from this")
+
+    with pytest.raises(Exception, match="nothing to be had"):
+        programs.compiled(untraceable, programs.flat((torch.ones(1),), {})[0], Backend(make))
+    assert happened[3:] == ["held", "free"]
 
 
 def test_a_backend_that_fails_fails_no_call(pipeline: Pipeline) -> None:

@@ -39,8 +39,7 @@ MOST_COUNTED = 1000
 MOST_PROGRAMS = 32
 """Programs of one checkpoint; the oldest goes first."""
 TRIES = 2
-"""How often a kind is compiled before it is given up. Loading a checkpoint changes what is everybody's in torch (the
-default number type, for one) for moments, and what is traced meanwhile may be spoilt."""
+"""How often a kind is compiled before it is given up: memory may have been short, or something in its way."""
 MOST_FAILURES = 3
 """So many kinds given up before any success, and nothing is compiled any more: there is no compiler, most likely."""
 
@@ -81,7 +80,10 @@ class Compiler:
         self._seconds = 0.0
         self._thread: Thread | None = None
         self._closed = backend is None
-        # Held while the compiling thread uses the device: nothing can be captured meanwhile.
+        self.turn = Lock()
+        """Held while the device renders, and while the compiling thread runs what it made: both at once may need more
+        memory than there is."""
+        # Held while anything compiles: nothing can be captured meanwhile.
         self._quiet = Lock()
         self._at: Key | None = None
 
@@ -195,7 +197,7 @@ class Compiler:
         failure: Exception | None = None
         try:
             with self._quiet, self._device.here():
-                program = compiled(wanted.network, wanted.form, self._backend, wanted.told, wanted.more)
+                program = compiled(wanted.network, wanted.form, self._backend, wanted.told, wanted.more, self.turn)
         except Exception as error:  # noqa: BLE001  # a compiler raises anything; the network serves as it is
             failure = error
         seconds = time.perf_counter() - started

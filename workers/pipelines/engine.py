@@ -150,14 +150,15 @@ class Engine:
         try:
             # Slots know a row for each image; an animation has one for each frame, and costs too much for it to matter.
             way: Way = "merged" if first.motion else self._way(staged, lane, [len(one) for one in groups.values()])
-            return in_parts(
-                list(groups.values()) if way == "merged" else [list(range(len(recipes)))],
-                steps,
-                on_step,
-                lambda part, heard: self._once(staged, recipes, part, heard, way),
-                lambda: min(self.limit(lane), max(1, self._most // (first.frames or 1))),
-                partial(self._shrink, entry, first),
-            )
+            with self.compiler.turn:
+                return in_parts(
+                    list(groups.values()) if way == "merged" else [list(range(len(recipes)))],
+                    steps,
+                    on_step,
+                    lambda part, heard: self._once(staged, recipes, part, heard, way),
+                    lambda: min(self.limit(lane), max(1, self._most // (first.frames or 1))),
+                    partial(self._shrink, entry, first),
+                )
         finally:
             staged.close()
 

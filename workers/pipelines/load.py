@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from threading import Lock
 from typing import Any, Literal, NamedTuple
 
 import orjson
@@ -29,6 +28,7 @@ from farm.errors import InvalidModel
 from farm.safefile import read_header
 from workers.pipelines.factors import UNET
 from workers.pipelines.merge import Merger
+from workers.pipelines.patching import LOADING
 from workers.pipelines.programs import Program
 from workers.pipelines.prompts import PromptCache
 from workers.pipelines.slots import Slots
@@ -54,10 +54,6 @@ PARTS: dict[str, frozenset[str]] = {
     "tokenizer_2": frozenset({"CLIPTokenizer", "CLIPTokenizerFast"}),
 }
 """The parts this engine uses, and the classes it knows for each."""
-
-LOADING = Lock()
-"""Held while a model is read: diffusers patches `nn.Module` meanwhile and puts back what it found, so two at once can
-leave the patch behind, and every weight that is set afterwards goes lost."""
 
 WITH_WEIGHTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 UNUSED = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+
+from workers.pipelines.patching import LOADING
 
 Backend = Callable[[torch.fx.GraphModule, list[Tensor]], Callable[..., Any]]
 """As torch documents them for `torch.compile(backend=...)`."""
@@ -135,11 +138,13 @@ def compiled(
     backend: Backend,
     told: Callable[[Sequence[Tensor]], None] | None = None,
     more: Sequence[Shape] = (),
+    turn: AbstractContextManager[Any] = nullcontext(),  # noqa: B008  # it keeps nothing
 ) -> Program:
     """Compile a network for calls of this form. It must answer a sequence whose first entry is a tensor.
 
     `more` are shapes of tensors that it reads from elsewhere, where `told` puts them for this thread; a program takes
-    them after the others. Raises what the backend raises, and CannotCompile.
+    them after the others. `turn` is held while the program runs for the first time. No model is read while the network
+    is traced; the backend begins after that. Raises what the backend raises, and CannotCompile.
     """
     shapes = (*form.shapes, *more)
     # Tensors that are nothing else, so that each is found again among what the graph is called with.
@@ -147,20 +152,25 @@ def compiled(
     kept: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
 
     def keep(graph: torch.fx.GraphModule, examples: list[Tensor]) -> Callable[..., Any]:
+        traced.close()
         run = backend(graph, examples)
 
         def once(*flat: Any) -> Any:
             kept.append((run, flat))
-            return run(*flat)
+            with turn:
+                return run(*flat)
 
         return once
 
     if told is not None:
         told(inputs[len(form.shapes) :])
     given, options = form.filled(inputs[: len(form.shapes)])
+    traced = ExitStack()
     try:
+        traced.enter_context(LOADING)
         torch.compile(lambda: network(*given, **options), backend=keep, fullgraph=True, dynamic=False)()
     finally:
+        traced.close()
         # What torch keeps for calls like this one is of no use to us, and there is a limit to how many it takes.
         torch.compiler.reset()
     if len(kept) != 1:
