@@ -6,7 +6,7 @@ from sqlalchemy import Connection
 from api.middleware import API
 from api.schemas import AdapterBody, CheckpointBody, ControlNetBody, MotionBody, VaeBody
 from farm import registrations
-from farm.modelfiles import Kind
+from farm.modelkinds import ModelKind
 from farm.settings import Settings
 from farm.views import RegistrationView
 
@@ -18,7 +18,7 @@ def accepted(
     response: Response,
     settings: Settings,
     wanted: CheckpointBody | VaeBody | ControlNetBody | MotionBody | AdapterBody,
-    kind: Kind | None,
+    kind: ModelKind | None,
 ) -> RegistrationView:
     """Ask for a model of a kind; None for an adapter that does not say which.
 

@@ -11,6 +11,7 @@ for the painter's own pictures (what the analyser can find at best) and without 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,7 @@ from pydantic import SecretStr
 
 import workers  # noqa: F401  # forbids remote code before diffusers is imported
 from benchmarks.analyser import read_crack
+from benchmarks.stock import model_key
 from farm.painter import caption, paint, sample_scene
 from farm.recipe import Recipe
 from farm.settings import Settings
@@ -101,6 +103,11 @@ def rendered(
     return pictures
 
 
+def net_key(folder: Path) -> str:
+    """A hash over the ControlNet's weights, as `model_key` is over its model's."""
+    return hashlib.sha256((folder / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()[:16]
+
+
 def as_picture(mask: Mask) -> Picture:
     """A mask as it is uploaded: white cracks on black."""
     return np.repeat((mask * np.uint8(255))[:, :, None], 3, axis=2)
@@ -123,6 +130,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     looks = {"painted": [one.picture for one in painted], "with control": followed, "without": free}
     found = {name: [read_crack(picture) for picture in pictures] for name, pictures in looks.items()}
     return {
+        "model": model_key(options.model),
+        "control": net_key(options.control),
         "pictures": len(scenes),
         "steps": options.steps,
         "weight": options.weight,

@@ -3,6 +3,7 @@
     python -m benchmarks.engine --model sd15 --micro-batch 1 8 16        # a GPU; also: --model sdxl
     python -m benchmarks.engine --model crack-tiny --micro-batch 1 8     # a CPU
     python -m benchmarks.engine --model sdxl --part slots swap           # the rest of the ladder left out
+    python -m benchmarks.engine --model crack-tiny --part slots --micro-batch 8 --repeats 9 --processor-time
 
 Needs torch, diffusers, transformers and peft, and no farm: it takes the engine's modules from beside it. `sd15` and
 `sdxl` have the true geometry and random weights, which cost what trained ones do. Every rung adds one measure to the
@@ -129,8 +130,10 @@ def slots(bench: Bench) -> dict[str, float]:
     """A micro-batch with as many different rank-16 attention adapters as images, beside one merged for all."""
     count = max(bench.options.micro_batch)
     styles = [bench.random_adapter(f"style{n}", min(16, bench.options.rank), ATTENTION, n) for n in range(count)]
-    bench.taken |= {"sampler", "prompts", "uint8"}
-    for rung in ("merged", "channels-last", *(() if bench.options.no_compile else ("compiled",))):
+    # As workers render: parts side by side on a CPU, compiled on a GPU alone.
+    bench.taken |= {"sampler", "prompts", "uint8"} | {rung for rung in ("parts",) if bench.possible(rung)}
+    compiles = bench.device.type == "cuda" and not bench.options.no_compile
+    for rung in ("merged", "channels-last", *(("compiled",) if compiles else ())):
         if rung not in bench.taken:
             bench.take(rung)
     bench.slots.rest()
@@ -148,7 +151,10 @@ def slots(bench: Bench) -> dict[str, float]:
         "micro_batch": count, "merged_seconds": merged, "slots_seconds": together, "ratio": together / merged,
         "one_by_one_seconds": one_row * count,
     }  # fmt: skip
-    print(f"slots: {count} adapters at once {together:.3f} s, one merged for all {merged:.3f} s: {found['ratio']:.3f}")
+    print(
+        f"slots: {count} adapters at once {together:.3f} s, one merged for all {merged:.3f} s: {found['ratio']:.3f}; "
+        f"one by one {one_row * count:.3f} s"
+    )
     return found
 
 

@@ -2,9 +2,12 @@
 
     python -m benchmarks.model_card --settings WORK/settings.json --log WORK.log... --hardware "2 cores of ..."
         [--style WORK/style-settings.json] [--note TEXT]... [--report benchmarks/out/crack_tiny.json] [--docs docs]
+        [--control CONTROL.json]
+    python -m benchmarks.model_card --control CONTROL.json        # that section alone, in the card there is
 
 No figure in the card is typed by hand: the table and the promises come from the benchmark's report, the recipe from
-the training's settings and logs, sizes from the files. `--docs` also puts the contact sheets there, as WebP.
+the training's settings and logs, sizes from the files. `--control` is the report of `benchmarks.control
+--out`. `--docs` also puts the contact sheets there, as WebP.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from typing import Any
 from PIL import Image
 from safetensors import safe_open
 
+from benchmarks.control import net_key
 from benchmarks.crack_tiny import MODEL
 from benchmarks.stock import model_key, style_of
 from benchmarks.training_record import BadRecord, record, rows
@@ -87,6 +91,22 @@ What was promised:
 
 {verdicts}"""
 
+CONTROL_TITLE = "## Cracks that follow a mask"
+CONTROL = (
+    CONTROL_TITLE
+    + """
+
+`python -m benchmarks.control --count {pictures}`, model {model}, ControlNet {control} (`control-mask`): {pictures}
+masks that nobody trained on, {steps} LCM-LoRA steps, weight {weight:g}. Precision: the share of the crack pixels an
+analyser finds in a picture that lie within {tolerance} pixels of the mask; recall: the share of the mask's pixels with
+a found one as near.
+
+{table}"""
+)
+LOOKS = {"painted": "painted pictures", "with control": "with the ControlNet", "without": "without"}
+"""What was looked at, as the card calls it."""
+
+LIMITS_TITLE = "## Limits"
 LIMITS = """## Limits
 
 {notes}- It knows painted walls, not photographs, and the words of the painter's captions; other words are guessed at.
@@ -95,10 +115,37 @@ LIMITS = """## Limits
   as the model."""
 
 
-def card(report: dict[str, Any], made: dict[str, Any], folder: Path) -> str:
-    """The README of the model in `folder`. Raises BadRecord when the report is about another model."""
+def with_control(text: str, report: dict[str, Any], folder: Path) -> str:
+    """A card with the section about the ControlNet in it, before its limits, in place of an earlier one.
+
+    Raises BadRecord when the report is about another model or ControlNet, or the text is no card.
+    """
+    refuse_another(report, folder)
+    if (found := net_key(folder / "control-mask")) != report["control"]:
+        raise BadRecord(f"the report is about ControlNet {report['control']}, but {folder} has {found}")
+    if text.count(f"\n{LIMITS_TITLE}\n") != 1:
+        raise BadRecord(f"the card has no section {LIMITS_TITLE!r}, before which this one belongs")
+    before, _, limits = text.partition(f"\n{LIMITS_TITLE}\n")
+    before = before.partition(f"\n{CONTROL_TITLE}\n")[0]
+    lines = [
+        (LOOKS[name], *("-" if rates[one] is None else f"{rates[one]:.3f}" for one in ("precision", "recall", "f1")),
+         "-" if rates["seen"] is None else f"{rates['seen']:.0%}")
+        for name, rates in report["alignment"].items()
+    ]  # fmt: skip
+    head = ("", "precision", "recall", "F1", "pictures in which a crack is found")
+    section = CONTROL.format(**report, table=table(head, lines))
+    return f"{before}\n{section}\n\n{LIMITS_TITLE}\n{limits}"
+
+
+def refuse_another(report: dict[str, Any], folder: Path) -> None:
+    """Raises BadRecord when the report is about another model."""
     if report["model"] != model_key(folder):
         raise BadRecord(f"the report is about model {report['model']}, but {folder} is {model_key(folder)}")
+
+
+def card(report: dict[str, Any], made: dict[str, Any], folder: Path) -> str:
+    """The README of the model in `folder`. Raises BadRecord when the report is about another model."""
+    refuse_another(report, folder)
     profile = json.loads((folder / "profile.json").read_text("utf-8"))
     style, settings = style_of(folder), made["settings"]
     seed = int(settings["seed"])
@@ -186,17 +233,25 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.model_card")
     parser.add_argument("--report", type=Path, default=Path("benchmarks/out/crack_tiny.json"))
     parser.add_argument("--model", type=Path, default=MODEL)
-    parser.add_argument("--settings", type=Path, required=True, help="settings.json of the training")
+    parser.add_argument("--settings", type=Path, help="settings.json of the training")
     parser.add_argument("--style", type=Path, help="style-settings.json of the style's training")
-    parser.add_argument("--log", type=Path, action="append", required=True, help="logs in order, repeat")
-    parser.add_argument("--hardware", required=True)
+    parser.add_argument("--log", type=Path, action="append", help="logs in order, repeat")
+    parser.add_argument("--hardware")
+    parser.add_argument("--control", type=Path, help="report of benchmarks.control; alone: only its section is written")
     parser.add_argument("--note", action="append", default=[], help="a limit that figures do not show, repeat")
     parser.add_argument("--docs", type=Path, help="where contact sheets go")
     given = parser.parse_args(arguments)
+    whole = given.settings and given.log and given.hardware
+    if not whole and (given.control is None or given.settings or given.log or given.hardware):
+        parser.error("a card needs --settings, --log and --hardware; --control alone writes its section only")
     try:
-        made = record(given.settings, given.log, given.hardware, given.style, given.note)
-        report = json.loads(given.report.read_text("utf-8"))
-        (given.model / "README.md").write_text(card(report, made, given.model), "utf-8")
+        text = (given.model / "README.md").read_text("utf-8") if not whole else ""
+        if whole:
+            made = record(given.settings, given.log, given.hardware, given.style, given.note)
+            text = card(json.loads(given.report.read_text("utf-8")), made, given.model)
+        if given.control:
+            text = with_control(text, json.loads(given.control.read_text("utf-8")), given.model)
+        (given.model / "README.md").write_text(text, "utf-8")
         for name, target in SHEETS.items() if given.docs else ():
             if (given.report.parent / name).exists():
                 Image.open(given.report.parent / name).save(given.docs / target, quality=82, method=6)

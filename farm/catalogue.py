@@ -9,6 +9,7 @@ from sqlalchemy import Connection, RowMapping
 
 from farm.errors import Conflict, NotFound
 from farm.modelfiles import FoundModel, read_adapter, read_checkpoint, read_controlnet
+from farm.modelkinds import ADAPTERS, EVERY
 from farm.queries import models as rows
 from farm.resolving import Catalogue, unknown
 from farm.tokens import TokenCounter
@@ -17,9 +18,6 @@ from farm.views import AdapterView, CheckpointView, ControlNetView, MotionView, 
 DEFAULT_CHECKPOINT = "crack-tiny"
 DEFAULT_ACCELERATION = "crack-tiny-lcm"
 ASSETS = Path(__file__).parent / "assets" / "crack-tiny"
-
-ADAPTERS = ("acceleration", "style")
-EVERY = ("checkpoint", "vae", "controlnet", "motion", *ADAPTERS)
 
 
 class ObjectStore(Protocol):

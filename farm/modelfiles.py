@@ -16,9 +16,8 @@ from pydantic import ValidationError
 
 from farm.errors import InvalidModel
 from farm.families import PIPELINES, VAE_SCALES, Profile, family_of, profile_of
+from farm.modelkinds import NOUNS, ModelKind
 from farm.safefile import Header, read_header
-
-Kind = Literal["checkpoint", "vae", "controlnet", "motion", "acceleration", "style"]
 
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 """The folders of a pipeline that rendering needs; a safety checker is left behind."""
@@ -75,7 +74,7 @@ class FoundModel:
         return replace(self, source={**self.source, **{key: value for key, value in source.items() if value}})
 
 
-def choose(listing: Mapping[str, int], kind: Kind, variant: str | None = None) -> dict[str, str]:
+def choose(listing: Mapping[str, int], kind: ModelKind, variant: str | None = None) -> dict[str, str]:
     """Which files of a folder make up a model: path in the folder -> path in the model.
 
     `listing` maps relative paths to bytes. Only safetensors and small text files are ever chosen; of the number types
@@ -85,8 +84,7 @@ def choose(listing: Mapping[str, int], kind: Kind, variant: str | None = None) -
         chosen = _checkpoint_files(listing, variant)
     elif kind in {"vae", "controlnet", "motion"}:
         if "config.json" not in listing:
-            noun = {"vae": "VAE", "controlnet": "ControlNet"}.get(kind, "motion adapter")
-            raise InvalidModel(f"config.json: this file is missing; a {noun}'s diffusers folder has it")
+            raise InvalidModel(f"config.json: this file is missing; a {NOUNS[kind]}'s diffusers folder has it")
         chosen = {"config.json": "config.json", **_weights(listing, "", variant)}
     else:
         chosen = _adapter_files(listing)
@@ -237,7 +235,7 @@ def read_adapter(path: Path) -> FoundModel:
     return _found(root, chosen, "", _widths(headers.values()))
 
 
-def read_raw(path: Path, kind: Kind, variant: str | None = None) -> FoundModel:
+def read_raw(path: Path, kind: ModelKind, variant: str | None = None) -> FoundModel:
     """The files of a model as they lie here, to be sent to a worker, which finds out what they are worth.
 
     Raises InvalidModel with file and reason for what cannot be a model.

@@ -18,7 +18,8 @@ from farm import catalogue
 from farm.errors import Conflict, FarmError, InvalidModel, InvalidRequest, NotFound
 from farm.families import WELL_KNOWN
 from farm.ids import new_id
-from farm.modelfiles import FoundModel, Kind
+from farm.modelfiles import FoundModel
+from farm.modelkinds import ModelKind
 from farm.queries import models as model_rows
 from farm.queries import registrations as rows
 from farm.resolving import OWN, TINY
@@ -55,14 +56,14 @@ class Claim:
     id: UUID
     attempt: int
     name: str
-    kind: Kind
+    kind: ModelKind
     source: str
     wanted: Mapping[str, Any]
     raw: str | None
 
 
 def ask(
-    conn: Connection, *, name: str, kind: Kind | None, source: str, wanted: Mapping[str, Any], pool: str
+    conn: Connection, *, name: str, kind: ModelKind | None, source: str, wanted: Mapping[str, Any], pool: str
 ) -> RegistrationView:
     """Ask for a model from the hub or from S3. An adapter without a kind is a style, unless the farm knows its
     repository for something else.
@@ -74,7 +75,7 @@ def ask(
     except ValueError as error:
         raise InvalidRequest(str(error), problems=[{"field": "source", "problem": str(error)}]) from error
     known = WELL_KNOWN.get(place)
-    chosen: Kind = kind or (known[0] if known else "style")
+    chosen: ModelKind = kind or (known[0] if known else "style")
     family = known[1] if known and known[0] == chosen else None
     given = {**wanted, "family": wanted.get("family") or family}
     return submit(conn, name=name, kind=chosen, source=source, wanted=given, pool=pool)
@@ -84,7 +85,7 @@ def submit(
     conn: Connection,
     *,
     name: str,
-    kind: Kind,
+    kind: ModelKind,
     source: str,
     wanted: Mapping[str, Any],
     pool: str,

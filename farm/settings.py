@@ -88,6 +88,8 @@ class Settings(BaseSettings):
     """The checkpoint of a job that names none."""
     pool: str = "default"
     """The pool this worker serves, or a doorbell rings in."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Whether UNet and VAE are compiled while they serve as they are; `auto` does so on CUDA devices."""
     device: str = "auto"
     """`auto` (first CUDA device, else CPU), `cpu`, `cuda:N` or `mps` (untested)."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"

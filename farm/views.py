@@ -7,6 +7,7 @@ from uuid import UUID
 from pydantic import BaseModel, ConfigDict, Field
 
 from farm.formats import KINDS, Format, format_of
+from farm.modelkinds import ModelKind
 from farm.states import JobState
 
 T = TypeVar("T")
@@ -266,7 +267,7 @@ class RegistrationView(View):
 
     id: UUID
     name: str
-    kind: Literal["checkpoint", "vae", "controlnet", "motion", "acceleration", "style"]
+    kind: ModelKind
     source: str
     state: Literal["waiting", "fetching", "checking", "storing", "testing", "available", "refused"]
     reason: str | None = None

@@ -3,19 +3,19 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import typer
 
 from farm.cli.display import size, waiting
 from farm.cli.local import servers
 from farm.cli.options import connect
+from farm.modelkinds import ModelKind
 from farm.views import RegistrationView
 
 LOOK_SECONDS = 0.5
 """Between two looks at a registration."""
-Kind = Literal["checkpoint", "vae", "controlnet", "motion", "style", "acceleration"]
-TOLD: dict[str, Kind] = {
+TOLD: dict[str, ModelKind] = {
     "checkpoint": "checkpoint", "original": "checkpoint", "vae": "vae", "controlnet": "controlnet",
     "motion": "motion",
 }  # fmt: skip
@@ -37,7 +37,7 @@ def profile_of(pairs: Sequence[str] | None) -> dict[str, Any]:
 
 
 def from_afar(
-    data_dir: Path, name: str, source: str, kind: Kind | None, wanted: Mapping[str, Any], *, wait: bool
+    data_dir: Path, name: str, source: str, kind: ModelKind | None, wanted: Mapping[str, Any], *, wait: bool
 ) -> RegistrationView:
     """A model that a worker fetches. Answers the registration as it ended, or as it began."""
     given = {key: value for key, value in wanted.items() if value}
@@ -47,7 +47,7 @@ def from_afar(
 
 
 def from_here(
-    data_dir: Path, name: str, path: Path, kind: Kind | None, wanted: Mapping[str, Any], *, wait: bool
+    data_dir: Path, name: str, path: Path, kind: ModelKind | None, wanted: Mapping[str, Any], *, wait: bool
 ) -> RegistrationView:
     """A model of this machine. Its files are looked at, sent to S3, and then checked by a worker like all others."""
     from farm import catalogue, holding, registrations
@@ -59,7 +59,7 @@ def from_here(
             f"{path}: there is nothing here; a source is a path, s3://bucket/prefix or hf:owner/name@COMMIT"
         )
     found = kind_of(path)
-    told: Kind = TOLD.get(found, "style")
+    told: ModelKind = TOLD.get(found, "style")
     chosen = kind or told
     if chosen == "motion" and (others := wanted.get("profile", {}).keys() - {"acceleration"}):
         raise typer.BadParameter(

@@ -1,18 +1,17 @@
 """`farm models`: the checkpoints, VAEs and adapters that jobs may name."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from farm.cli.display import ago, json_line, size, table
 from farm.cli.exits import Exit
 from farm.cli.options import DATA_DIR, AsJson, DataDir, connect
+from farm.modelkinds import ModelKind
 
 if TYPE_CHECKING:
     from farm.views import AdapterView, CheckpointView, ControlNetView, MotionView, VaeView
-
-ModelKind = Literal["checkpoint", "vae", "controlnet", "motion", "style", "acceleration"]
 
 models = typer.Typer(help="Checkpoints, VAEs and adapters that jobs may name.", no_args_is_help=True)
 

@@ -14,7 +14,7 @@ from uuid import UUID
 import httpx
 
 from farm.client import calls, flows, pictures, sse
-from farm.client.calls import AsyncRows, Call, Id, JobFields, ModelKind, Row, States
+from farm.client.calls import AsyncRows, Call, Id, JobFields, Registered, Row, States
 from farm.client.connection import resolve
 from farm.client.flows import Answer, Block, Flow, Send, Sleep
 from farm.client.pictures import Download, Downloaded, Saved
@@ -266,7 +266,7 @@ class AsyncFarm:
     async def motions(self) -> list[MotionView]:
         return await self._request(calls.motions())
 
-    async def register(self, kind: ModelKind, name: str, source: str, **wanted: Any) -> RegistrationView:
+    async def register(self, kind: Registered, name: str, source: str, **wanted: Any) -> RegistrationView:
         """Ask for a model from the hub or S3; `wanted` as the API takes it: family, variant, profile."""
         return await self._request(calls.register(kind, name, source, wanted))
 

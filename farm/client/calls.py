@@ -12,6 +12,7 @@ import orjson
 from pydantic import TypeAdapter
 
 from farm.errors import FarmError, InvalidRequest
+from farm.modelkinds import ADAPTERS, ModelKind, collection
 from farm.states import JobState
 from farm.views import (
     AdapterView,
@@ -42,7 +43,7 @@ Row = str | Mapping[str, Any]
 Rows = Iterable[Row]
 AsyncRows = Rows | AsyncIterable[Row]
 Id = UUID | str
-ModelKind = Literal["checkpoint", "vae", "controlnet", "motion", "style", "acceleration", "adapter"]
+Registered = ModelKind | Literal["adapter"]
 """What a model is registered as; an `adapter` is a style unless the farm knows its repository for an acceleration."""
 States = JobState | str | Sequence[JobState | str]
 
@@ -291,14 +292,13 @@ def motions() -> Call[list[MotionView]]:
     return Call("GET", f"{API}/motions", items(MotionView))
 
 
-def register(kind: ModelKind, name: str, source: str, wanted: Mapping[str, Any]) -> Call[RegistrationView]:
+def register(kind: Registered, name: str, source: str, wanted: Mapping[str, Any]) -> Call[RegistrationView]:
     """Not repeatable: the second would find the name in use."""
     given = {key: value for key, value in wanted.items() if value is not None}
-    if kind in {"style", "acceleration"}:
+    if kind in ADAPTERS:
         given["kind"] = kind
-    noun = f"{kind}s" if kind in {"checkpoint", "vae", "controlnet", "motion"} else "adapters"
     body = orjson.dumps({"name": name, "source": source, **given})
-    return Call("POST", f"{API}/{noun}", view(RegistrationView), body=body, headers=JSON, repeatable=False)
+    return Call("POST", f"{API}/{collection(kind)}", view(RegistrationView), body=body, headers=JSON, repeatable=False)
 
 
 def registration(which: Id) -> Call[RegistrationView]:

@@ -13,7 +13,7 @@ from uuid import UUID
 import httpx
 
 from farm.client import calls, flows, pictures, sse
-from farm.client.calls import Call, Id, JobFields, ModelKind, Row, Rows, States
+from farm.client.calls import Call, Id, JobFields, Registered, Row, Rows, States
 from farm.client.connection import resolve
 from farm.client.flows import Answer, Block, Flow, Send, Sleep
 from farm.client.pictures import Download, Downloaded, Saved
@@ -288,7 +288,7 @@ class Farm:
     def motions(self) -> list[MotionView]:
         return self._request(calls.motions())
 
-    def register(self, kind: ModelKind, name: str, source: str, **wanted: Any) -> RegistrationView:
+    def register(self, kind: Registered, name: str, source: str, **wanted: Any) -> RegistrationView:
         """Ask for a model from the hub or S3; `wanted` as the API takes it: family, variant, profile."""
         return self._request(calls.register(kind, name, source, wanted))
 

@@ -1,5 +1,6 @@
 """The measure of alignment is right where the answer is known, and the benchmark runs on an untrained ControlNet."""
 
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -53,3 +54,12 @@ def test_it_runs_on_the_shipped_model(tmp_path: Path, capsys: pytest.CaptureFixt
     # Untrained, it changes nothing: what it follows is what it would have drawn anyway.
     assert told["alignment"]["with control"] == told["alignment"]["without"]
     assert "precision" in capsys.readouterr().out
+
+
+def test_the_shipped_one_makes_cracks_run_where_masks_have_them() -> None:
+    """One micro-batch of four. Measured on 64: F1 0.988 with it, 0.216 without."""
+    options = argparse.Namespace(model=MODEL, control=MODEL / "control-mask", count=4, steps=4, weight=1.0, tolerance=3)
+    found = control.run(options)["alignment"]
+    assert found["with control"]["seen"] == 1.0
+    assert found["with control"]["f1"] > 0.85
+    assert (found["without"]["f1"] or 0.0) < 0.6

@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from benchmarks import model_card
+from benchmarks.control import net_key
 from benchmarks.crack_tiny import table
 from benchmarks.stock import model_key
 from benchmarks.training_record import BadRecord, read_logs, record
@@ -85,6 +86,39 @@ def test_the_card_says_what_was_measured(folder: Path, tmp_path: Path) -> None:
     assert "`style-night.safetensors` is a style adapter" in text
     assert "One picture alone in 4 LCM-LoRA steps: 0.420 s; each of eight together: 0.200 s." in lines
     assert "{" not in text.replace("{'", "")
+
+
+def test_the_control_nets_figures_stand_before_the_limits(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings, log = files(tmp_path)
+    (folder / "control-mask").mkdir()
+    save_file({"w": np.ones(3, np.float16)}, folder / "control-mask" / "diffusion_pytorch_model.safetensors")
+    rates = {"precision": 0.98, "recall": 0.9512, "f1": 0.9654, "seen": 1.0}
+    measured = {
+        "model": model_key(folder), "control": net_key(folder / "control-mask"), "pictures": 64, "steps": 4,
+        "weight": 1.0, "tolerance": 3, "seconds": 9.0,
+        "alignment": {"painted": rates, "with control": rates, "without": {**rates, "f1": None}},
+    }  # fmt: skip
+    told = tmp_path / "control.json"
+    whole = model_card.card(report(folder), record(settings, [log], "two toy cores", None, []), folder)
+    (folder / "README.md").write_text(whole)
+    for recall in (0.9512, 0.75):
+        measured["alignment"]["with control"] = {**rates, "recall": recall}
+        told.write_text(json.dumps(measured))
+        assert model_card.main(["--model", str(folder), "--control", str(told)]) == 0
+        text = (folder / "README.md").read_text()
+        assert f"| with the ControlNet | 0.980 | {recall:.3f} | 0.965 | 100% |" in text
+        assert "| without | 0.980 | 0.951 | - | 100% |" in text
+        before, _, rest = text.partition("\n## Cracks that follow a mask\n")
+        assert f"{before}\n## Limits\n{rest.partition('## Limits' + chr(10))[2]}" == whole, "all else stays"
+    (folder / "README.md").write_text("# another text\n")
+    (tmp_path / "wrong.json").write_text(json.dumps({**measured, "control": "0" * 16}))
+    for given, words in ((told, "the card has no section"), (tmp_path / "wrong.json", "is about ControlNet 0000")):
+        assert model_card.main(["--model", str(folder), "--control", str(given)]) == 1
+        assert words in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        model_card.main(["--control", str(told), "--hardware", "toy"])
 
 
 def test_a_report_about_another_model_is_refused(

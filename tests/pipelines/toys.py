@@ -83,15 +83,15 @@ def unet(**changes: Any) -> UNet2DConditionModel:
     return UNet2DConditionModel(**{**options, **changes})
 
 
-def sd(folder: Path, seed: int = 0) -> Path:
-    """A StableDiffusionPipeline folder in the layout of SD 1.5."""
+def sd(folder: Path, seed: int = 0, **changes: Any) -> Path:
+    """A StableDiffusionPipeline folder in the layout of SD 1.5; `changes` of its UNet."""
     torch.manual_seed(seed)
     reader = tokenizer(folder / "letters")
     pipeline = StableDiffusionPipeline(
         vae=vae(),
         text_encoder=CLIPTextModel(text_config(reader)),
         tokenizer=reader,
-        unet=unet(),
+        unet=unet(**changes),
         scheduler=DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1),
         safety_checker=None,
         feature_extractor=None,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -66,6 +68,10 @@ class Device:
         """Wait until the device has done what it was asked: for measuring."""
         if self.place.type == "cuda":
             torch.cuda.synchronize(self.place)
+
+    def here(self) -> AbstractContextManager[Any]:
+        """What a thread of its own does, it does on this device: each thread has a current one."""
+        return torch.cuda.device(self.place) if self.place.type == "cuda" else nullcontext()
 
     @property
     def decode_pixels(self) -> int:

@@ -20,6 +20,7 @@ from farm.errors import FarmError, InvalidRequest, OutOfMemory, RenderFailed
 from farm.recipe import AdapterUse, Recipe
 from farm.settings import Settings
 from workers.pipelines.cache import Entry, Residents
+from workers.pipelines.compiling import compiler_for
 from workers.pipelines.costs import Costs, Way
 from workers.pipelines.device import Device, choose, host_budget, is_fatal, is_out_of_memory
 from workers.pipelines.factors import Use
@@ -31,7 +32,7 @@ from workers.pipelines.motion import is_motion
 from workers.pipelines.parts import in_parts
 from workers.pipelines.prompts import Text, all_known, texts
 from workers.pipelines.reading import Library
-from workers.pipelines.render import OnStep, Picture, render
+from workers.pipelines.render import OnStep, Picture, asked, render
 from workers.pipelines.sampling import evaluations
 from workers.pipelines.slots import distinct
 
@@ -90,6 +91,7 @@ class Engine:
         self._limits: dict[str, int] = {}
         self._lanes: OrderedDict[str, tuple[str, AdapterUse | None]] = OrderedDict()
         self.costs = Costs()
+        self.compiler = compiler_for(settings.compile, self._device)
 
     @property
     def device(self) -> str:
@@ -148,14 +150,15 @@ class Engine:
         try:
             # Slots know a row for each image; an animation has one for each frame, and costs too much for it to matter.
             way: Way = "merged" if first.motion else self._way(staged, lane, [len(one) for one in groups.values()])
-            return in_parts(
-                list(groups.values()) if way == "merged" else [list(range(len(recipes)))],
-                steps,
-                on_step,
-                lambda part, heard: self._once(staged, recipes, part, heard, way),
-                lambda: min(self.limit(lane), max(1, self._most // (first.frames or 1))),
-                partial(self._shrink, entry, first),
-            )
+            with self.compiler.turn:
+                return in_parts(
+                    list(groups.values()) if way == "merged" else [list(range(len(recipes)))],
+                    steps,
+                    on_step,
+                    lambda part, heard: self._once(staged, recipes, part, heard, way),
+                    lambda: min(self.limit(lane), max(1, self._most // (first.frames or 1))),
+                    partial(self._shrink, entry, first),
+                )
         finally:
             staged.close()
 
@@ -184,7 +187,7 @@ class Engine:
 
     def cache(self) -> dict[str, Any]:
         """How well the cache serves: hit rates, load seconds, bytes within budgets, what waits in host memory."""
-        return {**self._residents.told(), **self._library.told()}
+        return {**self._residents.told(), **self._library.told(), "compiled": self.compiler.told()}
 
     def warm_state(self) -> WarmState:
         """The lanes this engine could render without loading or swapping the acceleration, and its checkpoints."""
@@ -242,7 +245,9 @@ class Engine:
                 pipeline.slots.choose([staged.styles[one.adapter_set] for one in recipes]) if way == "slots" else None
             )
             entry.renders += 1
-            pictures = render(pipeline, vae, recipes, told, on_step, self._device, chosen, guides)
+            # What draws frames is put together anew for each motion adapter.
+            ask = asked if recipes[0].motion else partial(self.compiler.ask, pipeline)
+            pictures = render(pipeline, vae, recipes, told, on_step, self._device, chosen, guides, ask)
         except Exception as error:  # noqa: BLE001  # sorted in there: only out of memory passes
             self._raise_unless_memory(error)
         else:
@@ -250,6 +255,7 @@ class Engine:
                 self.costs.rendered(lane, way, len(recipes), filling + time.perf_counter() - started)
             return pictures
         # Out of the except block, where the traceback no longer holds the tensors.
+        self.compiler.free(pipeline)
         self._device.free()
         return None
 
@@ -279,7 +285,7 @@ class Engine:
         Out of memory once: drop what is idle and try again.
         """
         filling = 0.0
-        entry, slots = staged.entry, staged.entry.loaded.slots
+        entry = staged.entry
         for again in (True, False):
             try:
                 self._residents.admit(entry)
@@ -291,7 +297,8 @@ class Engine:
                 self._raise_unless_memory(error)
             else:
                 break
-            slots.clear()
+            entry.loaded.clear_slots()
+            self.compiler.free(entry.loaded)
             self._device.free()
             if not (again and self._residents.evict_idle(entry)):
                 raise OutOfMemory("the device has no room for this checkpoint with its adapters")
@@ -327,7 +334,7 @@ class Engine:
         adapters = [] if way == "merged" else list(distinct(list(staged.styles.values())))
         extra = pipeline.merger.extra_bytes(uses) + (pipeline.slots.extra_bytes(adapters) if adapters else 0)
         if way == "merged" and pipeline.bytes + extra > self._device.budget:
-            pipeline.slots.clear()
+            pipeline.clear_slots()
         self._residents.reserve(staged.entry, extra)
         started = time.perf_counter()
         if pipeline.merger.apply(uses) and way == "merged":

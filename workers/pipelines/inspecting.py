@@ -11,7 +11,6 @@ from farm import families
 from farm.errors import InvalidModel
 from farm.modelfiles import (
     FoundModel,
-    Kind,
     kind_of,
     read_adapter,
     read_checkpoint,
@@ -20,6 +19,7 @@ from farm.modelfiles import (
     read_motion,
     read_vae,
 )
+from farm.modelkinds import ModelKind
 from farm.safefile import read_header
 from farm.views import CheckpointView
 from workers.pipelines import adapters, original, structure
@@ -42,7 +42,7 @@ BASE_KEYS = ("ss_base_model_version", "modelspec.architecture")
 
 def inspect(
     path: Path,
-    kind: Kind,
+    kind: ModelKind,
     wanted: Mapping[str, Any],
     scratch: Path,
     checkpoints: Sequence[CheckpointView],

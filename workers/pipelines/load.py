@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from threading import Lock
 from typing import Any, Literal, NamedTuple
 
 import orjson
@@ -29,6 +28,8 @@ from farm.errors import InvalidModel
 from farm.safefile import read_header
 from workers.pipelines.factors import UNET
 from workers.pipelines.merge import Merger
+from workers.pipelines.patching import LOADING
+from workers.pipelines.programs import Program
 from workers.pipelines.prompts import PromptCache
 from workers.pipelines.slots import Slots
 from workers.pipelines.targets import target_modules
@@ -53,10 +54,6 @@ PARTS: dict[str, frozenset[str]] = {
     "tokenizer_2": frozenset({"CLIPTokenizer", "CLIPTokenizerFast"}),
 }
 """The parts this engine uses, and the classes it knows for each."""
-
-LOADING = Lock()
-"""Held while a model is read: diffusers patches `nn.Module` meanwhile and puts back what it found, so two at once can
-leave the patch behind, and every weight that is set afterwards goes lost."""
 
 WITH_WEIGHTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 UNUSED = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
@@ -91,6 +88,8 @@ class Pipeline:
     """ControlNets and motion adapters beside the checkpoint, by hash."""
     moving: dict[str, Any] = field(default_factory=dict)
     """UNets that draw frames, by their motion adapter's hash: made of that and of this checkpoint's own layers."""
+    programs: dict[Any, Program] = field(default_factory=dict)
+    """What of this pipeline is compiled, by the kind of call."""
     merger: Merger = field(init=False)
     slots: Slots = field(init=False)
     structure: str = field(init=False)
@@ -120,10 +119,20 @@ class Pipeline:
         self.merger.move(device)
         self.prompts.clear()
 
+    def clear_slots(self) -> None:
+        """Let go of all slots, and of what was compiled with them."""
+        self.slots.clear()
+        for key in [key for key, program in tuple(self.programs.items()) if program.slotted]:
+            del self.programs[key]
+
     def park(self) -> None:
         """To host memory, as the checkpoint has it; pinned where there is a GPU, so that it comes back faster."""
         self.merger.clear()
-        self.slots.clear()
+        self.clear_slots()
+        for program in tuple(self.programs.values()):
+            # A graph has the device's addresses in it; what was compiled finds its weights wherever they are.
+            program.let_go()
+            program.weighed = False
         self.move(torch.device("cpu"))
         if torch.cuda.is_available():
             for module in self.modules():

@@ -25,7 +25,7 @@ from farm import families
 from farm.errors import InvalidModel
 from farm.safefile import Header, read_header
 from farm.tokens import clip_vocabulary
-from workers.pipelines.load import LOADING
+from workers.pipelines.patching import LOADING
 from workers.pipelines.structure import part_of
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."

@@ -32,6 +32,15 @@ Picture = NDArray[np.uint8]
 OnStep = Callable[[int, int], Collection[int]]
 """Called after each denoising step with (steps done, steps in all); answers the indices to drop."""
 
+Ask = Callable[..., Tensor]
+"""Called with a network, the name of its method, and what that is given; answers the first tensor that it answers."""
+
+
+def asked(network: Any, method: str, *given: Any, **options: Any) -> Tensor:
+    """Ask a network as it is."""
+    answer: Tensor = getattr(network, method)(*given, **options)[0]
+    return answer
+
 
 @torch.inference_mode()
 def render(
@@ -43,13 +52,16 @@ def render(
     device: Device,
     chosen: Chosen | None = None,
     guides: Sequence[Guide] = (),
+    ask: Ask = asked,
 ) -> list[Picture | None]:
     """Render recipes that share a lane, with the weights as they are now.
 
     `told` holds each one's encoded prompts, `guides` the pictures it draws from, `chosen` each one's slots where
-    the UNet has its slots engaged. Answers one picture for each recipe, None for the dropped ones: their rows are
-    computed to the end, because a shape that changes costs more than it saves, but not decoded. Raises InvalidRequest
-    for what this pipeline cannot do and RenderFailed when a picture is not a number.
+    the UNet has its slots engaged; UNet and VAE are called through `ask`.
+
+    Answers one picture for each recipe, None for the dropped ones: their rows are computed to the end, because a shape
+    that changes costs more than it saves, but not decoded. Raises InvalidRequest for what this pipeline cannot do and
+    RenderFailed when a picture is not a number.
     """
     first = recipes[0]
     factor = vae_factor(vae)
@@ -63,7 +75,7 @@ def render(
         own = None if chosen is None else chosen.of(part)
         try:
             latents = _denoised(
-                pipeline, unet, vae, recipes[part], told[part], own, guides[part], pace.of(part), device
+                pipeline, unet, vae, recipes[part], told[part], own, guides[part], pace.of(part), device, ask
             )
         except BaseException:
             pace.failed()
@@ -75,7 +87,7 @@ def render(
             latents = latents[torch.tensor([index - part.start for index in kept], device=latents.device)]
         if first.frames:
             latents, kept = as_pictures(latents), [index for index in kept for _ in range(first.frames)]
-        return decoding(vae, latents, kept, device)
+        return decoding(vae, latents, kept, device, ask)
 
     made: dict[int, list[Picture]] = {}
     for index, picture in decoded(device.spread.flow([partial(drawn, part) for part in parts])):
@@ -141,6 +153,7 @@ def _denoised(
     guides: Sequence[Guide],
     after_step: Callable[[int, int], bool],
     device: Device,
+    ask: Ask,
 ) -> Tensor | None:
     """The latents of recipes that share a lane; None when told to stop."""
     first, factor = recipes[0], vae_factor(vae)
@@ -152,7 +165,7 @@ def _denoised(
     noise = Noise([recipe.seed for recipe in recipes], shape, device.place)
     begun, kept = _begin(sampling, vae, first, guides, noise, device)
     controls = Controls.of(pipeline, first, guides, steps, device)
-    predict = _predictor(pipeline, unet, first, told, chosen, controls, device)
+    predict = _predictor(pipeline, unet, first, told, chosen, controls, device, ask)
     return denoise(sampling, predict, begun, lambda done: after_step(done, steps), kept)
 
 
@@ -186,6 +199,7 @@ def _predictor(
     chosen: Chosen | None,
     controls: Controls,
     device: Device,
+    ask: Ask,
 ) -> Callable[[Tensor, Tensor, int], Tensor]:
     """The UNet with everything but latents and timestep filled in; guidance only where it is above 1."""
     slots, frames = pipeline.slots, first.frames or 1
@@ -227,8 +241,7 @@ def _predictor(
             if chosen is not None:
                 # In the thread that computes these rows.
                 slots.rows.are(chosen.of(part))
-            made: Tensor = unet(seen[part], time, return_dict=False, **some)[0]
-            return made
+            return ask(unet, "__call__", seen[part], time, return_dict=False, **some)
 
         answer = device.spread.along(rows_of, len(seen)).float()
         if not guided:
@@ -264,7 +277,9 @@ def decode(vae: Any, latents: Tensor, device: Device) -> list[Picture]:
     return [picture for _, picture in found]
 
 
-def decoding(vae: Any, latents: Tensor, rows: Sequence[int], device: Device) -> list[Callable[[], Decoded]]:
+def decoding(
+    vae: Any, latents: Tensor, rows: Sequence[int], device: Device, ask: Ask = asked
+) -> list[Callable[[], Decoded]]:
     """Calls that decode latents (n, channels, height, width) of these rows, a few each.
 
     Rounded on the device: a float copy would be four times as large and the host four times as busy.
@@ -277,7 +292,7 @@ def decoding(vae: Any, latents: Tensor, rows: Sequence[int], device: Device) -> 
     chunks = torch.split(ready, max(1, min(device.decode_pixels // pixels, share)))
 
     def rounded(chunk: Tensor, some: Sequence[int]) -> Decoded:
-        image = vae.decode(chunk, return_dict=False)[0].float()
+        image = ask(vae, "decode", chunk, return_dict=False).float()
         # A sum is NaN or infinite exactly when a picture is spoilt, and cheaper than looking at every pixel.
         total = image.sum(dim=(1, 2, 3))
         image = image.mul(127.5).add_(127.5).round_().clamp_(0, 255)

@@ -52,6 +52,15 @@ class Rows(threading.local):
     def are(self, chosen: Chosen) -> None:
         self.slot, self.scale = chosen
 
+    @property
+    def now(self) -> tuple[Tensor, Tensor]:
+        """What this thread was told last."""
+        return self.slot, self.scale
+
+    def tell(self, tensors: Sequence[Tensor]) -> None:
+        """As `are`, of what `now` answers."""
+        self.slot, self.scale = tensors
+
 
 class _Slotted(nn.Module):
     """What a slotted layer carries: stacked factors `slot_down` (slots, rank, in[, kh, kw]), `slot_up` (slots, rank,
@@ -112,7 +121,8 @@ class Slots:
         self._modules = modules
         self._kept: OrderedDict[str, tuple[int, frozenset[str]]] = OrderedDict()
         self._installed: set[str] = set()
-        self._engaged = False
+        self._engaged: frozenset[str] | None = None
+        self._made = 0
         self.rows = Rows()
         self.rank = LEAST_RANK
         self.count = 0
@@ -121,6 +131,12 @@ class Slots:
     def resident(self) -> tuple[str, ...]:
         """Hashes of the adapters in slots, least recently used first."""
         return tuple(self._kept)
+
+    @property
+    def engaged(self) -> tuple[int, frozenset[str]] | None:
+        """What a compiled graph depends on: which stacks there are, by how often some were made, and the layers that
+        take them now. None while slots rest."""
+        return None if self._engaged is None else (self._made, self._engaged)
 
     @property
     def bytes(self) -> int:
@@ -189,15 +205,15 @@ class Slots:
             module = self._modules[name]
             plain = self._plain(module)
             module.__class__ = KINDS[plain] if name in wanted else plain
-        self._engaged = True
+        self._engaged = wanted
 
     def rest(self) -> None:
         """Every layer as it was. The stacked factors stay for the next time."""
-        if self._engaged:
+        if self._engaged is not None:
             for name in self._installed:
                 module = self._modules[name]
                 module.__class__ = self._plain(module)
-        self._engaged = False
+        self._engaged = None
 
     def clear(self) -> None:
         """Let go of all slots and their memory."""
@@ -205,6 +221,7 @@ class Slots:
         for name in self._installed:
             module = self._modules[name]
             del module.slot_down, module.slot_up, module.slot_rows
+        self._made += 1
         self._installed.clear()
         self._kept.clear()
         self.rank, self.count = LEAST_RANK, 0
@@ -222,6 +239,7 @@ class Slots:
         for name in self._installed.union(names):
             if name in self._installed and not larger:
                 continue
+            self._made += 1
             module, weight = self._modules[name], self._weight(name)
             down = weight.new_zeros((count, rank, *weight.shape[1:]))
             up = weight.new_zeros((count, rank, weight.shape[0]))

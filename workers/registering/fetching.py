@@ -26,7 +26,8 @@ from huggingface_hub.errors import (
 )
 
 from farm.errors import IntegrityFailed, InvalidModel, NotFound, Unavailable
-from farm.modelfiles import Kind, choose
+from farm.modelfiles import choose
+from farm.modelkinds import ModelKind
 from farm.settings import Settings
 from farm.sources import Source
 from farm.storage import Store
@@ -50,7 +51,9 @@ class Remote:
     sha256: str | None = None
 
 
-def fetch(source: Source, kind: Kind, wanted: Mapping[str, Any], folder: Path, settings: Settings, told: Told) -> Path:
+def fetch(
+    source: Source, kind: ModelKind, wanted: Mapping[str, Any], folder: Path, settings: Settings, told: Told
+) -> Path:
     """Fetch a model into `folder`; answers that folder, or the file where the model is one file.
 
     What an interrupted fetch left there is used again. Raises InvalidModel for what cannot be a model, Unavailable when
@@ -75,7 +78,7 @@ def fetch(source: Source, kind: Kind, wanted: Mapping[str, Any], folder: Path, s
     return folder / next(iter(chosen.values())) if len(chosen) == 1 else folder
 
 
-def _chosen(source: Source, kind: Kind, variant: str | None, listed: Mapping[str, Remote]) -> dict[str, str]:
+def _chosen(source: Source, kind: ModelKind, variant: str | None, listed: Mapping[str, Remote]) -> dict[str, str]:
     """Path below the source -> path on this disk."""
     if source.is_file:
         if not listed:

@@ -21,7 +21,8 @@ from farm.db import Database
 from farm.errors import FarmError, InvalidModel, RenderFailed, Unavailable
 from farm.holding import Holding, holding
 from farm.logs import about
-from farm.modelfiles import FoundModel, Kind
+from farm.modelfiles import FoundModel
+from farm.modelkinds import ModelKind
 from farm.recipe import Recipe
 from farm.registrations import Claim, Lost
 from farm.settings import Settings
@@ -47,7 +48,7 @@ class Inspect(Protocol):
     def __call__(
         self,
         path: Path,
-        kind: Kind,
+        kind: ModelKind,
         wanted: Mapping[str, Any],
         scratch: Path,
         checkpoints: Sequence[CheckpointView],
