@@ -26,6 +26,7 @@ from workers import storing
 from workers.executor import Executor
 from workers.exits import Exit
 from workers.feed import readable
+from workers.formats import encode
 from workers.leaving import Leaving
 
 
@@ -158,7 +159,7 @@ def test_a_picture_that_cannot_be_encoded_fails_no_neighbour(
     executor: Executor, farm: Queue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch = farm.submit([{"prompt": f"crack {n}", "seed": n} for n in range(3)])
-    real = storing.encode
+    real = encode
 
     def fails_on_one(pixels: Any, recipe: Recipe, **more: Any) -> bytes:
         if recipe.prompt == "crack 1":
