@@ -24,7 +24,7 @@ from farm import upload_models  # noqa: F401  # its tables belong to the metadat
 from farm.models_tenants import ApiKey, Project, Webhook, WebhookDelivery
 from farm.schema import BY_PRIORITY, EMPTY_ARRAY, EMPTY_OBJECT, NOW, QUEUED, READY, RUNNING, Base, Xid8
 
-SCHEMA_VERSION = "0010"
+SCHEMA_VERSION = "0011"
 """The Alembic revision this code was written for; a process refuses any other."""
 
 TENANTS = (Project, ApiKey, Webhook, WebhookDelivery)
@@ -296,11 +296,13 @@ class Replay(Base):
 
 
 class Worker(Base):
-    """A worker process, what it keeps warm, and how well its cache serves (`cache`)."""
+    """A worker process, what it keeps warm, how well its cache serves (`cache`), and which pipelines it leaves to
+    others for a while (`resting`). `name` stays the same after a restart; NULL where host and device tell enough."""
 
     __tablename__ = "workers"
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
     pool: Mapped[str]
+    name: Mapped[str | None]
     host: Mapped[str]
     pid: Mapped[int]
     device: Mapped[str]
@@ -308,6 +310,7 @@ class Worker(Base):
     state: Mapped[str]
     warm: Mapped[list[dict[str, Any]]] = mapped_column(JSONB, server_default=text("'[]'::jsonb"))
     cache: Mapped[dict[str, Any]] = mapped_column(server_default=EMPTY_OBJECT)
+    resting: Mapped[list[dict[str, Any]]] = mapped_column(JSONB, server_default=text("'[]'::jsonb"))
     started_at: Mapped[datetime] = mapped_column(server_default=NOW)
     heartbeat_at: Mapped[datetime] = mapped_column(server_default=NOW)
     left_at: Mapped[datetime | None]

@@ -88,6 +88,9 @@ class Settings(BaseSettings):
     """The checkpoint of a job that names none."""
     pool: str = "default"
     """The pool this worker serves, or a doorbell rings in."""
+    worker_name: Annotated[str, Field(min_length=1, max_length=200)] | None = None
+    """What this worker is called, before and after a restart; unset means by its host and device. Set it where several
+    workers share these."""
     device: str = "auto"
     """`auto` (first CUDA device, else CPU), `cpu`, `cuda:N` or `mps` (untested)."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
@@ -132,6 +135,9 @@ class Settings(BaseSettings):
     """Reported errors after which a job fails."""
     max_crashes: Positive = 3
     """Crashes while claimed alone after which a job is quarantined (failed with cause)."""
+    suspect_wait: Seconds = timedelta(seconds=60)
+    """How long a job that crashed a worker while claimed alone is left to other workers, where there are some, before
+    that one may take it again."""
     retry_backoff: Seconds = timedelta(seconds=2)
     """First pause before a failed attempt is repeated; doubles each time, jittered."""
     retry_backoff_max: Seconds = timedelta(minutes=5)

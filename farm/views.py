@@ -176,10 +176,12 @@ class LaneView(View):
 
 class WorkerView(View):
     """A worker process, what it keeps warm (checkpoints and adapters by name, bytes on the device), and how well its
-    cache serves: hit rates, load seconds, bytes within budgets, and which checkpoints wait in host memory."""
+    cache serves: hit rates, load seconds, bytes within budgets, and which checkpoints wait in host memory. `name` is
+    the same after a restart: the worker's own, else host and device."""
 
     id: UUID
     pool: str
+    name: str = ""
     host: str
     pid: int
     device: str

@@ -10,9 +10,22 @@ from sqlalchemy import Connection
 from farm.queries import workers as rows
 
 
-def hello(conn: Connection, *, worker: UUID, pool: str, host: str, pid: int, device: str, version: str) -> None:
-    """A worker process starts. The same id after a restart replaces its row."""
-    rows.hello(conn, worker=worker, pool=pool, host=host, pid=pid, device=device, version=version)
+def hello(
+    conn: Connection,
+    *,
+    worker: UUID,
+    pool: str,
+    host: str,
+    pid: int,
+    device: str,
+    version: str,
+    name: str | None = None,
+) -> None:
+    """A worker process starts. The same id after a restart replaces its row.
+
+    `name` stays the same whatever process serves here; where it is None, host and device tell workers apart.
+    """
+    rows.hello(conn, worker=worker, pool=pool, name=name, host=host, pid=pid, device=device, version=version)
 
 
 def tell(

@@ -128,6 +128,7 @@ def workers(conn: Connection) -> list[WorkerView]:
         WorkerView(
             **{
                 **row,
+                "name": row["place"],
                 "state": "lost" if row["lost"] else row["state"],
                 "warm": [_warm_view(pipeline, names) for pipeline in row["warm"]],
                 "cache": _cache_view(row["cache"], names),

@@ -14,7 +14,7 @@ from farm.backoff import backoff
 from farm.errors import Unavailable
 from farm.jobs.taking import Place, take_any, take_one_set
 from farm.objects import attempt_prefix
-from farm.queries import claiming, finishing
+from farm.queries import claiming, finishing, suspects
 from farm.recipe import Recipe
 from farm.scheduling import Candidate, Policy, Warm
 from farm.settings import Settings
@@ -140,7 +140,7 @@ def claim(
         [_candidate(row) for row in rows], warm, policy, now, worker=worker, chance=random.random()
     )
     for choice in scheduling.few(ranked, warm):
-        place = Place(pool, choice.lane, limit, now, full)
+        place = Place(pool, choice.lane, limit, now, suspects.asked(worker, settings), full)
         if warm.mixes_in(choice.lane):
             taken, short = take_any(conn, by_segment[choice.segment], place)
         else:

@@ -1,6 +1,6 @@
 """Finding work and taking it."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timedelta
 from random import Random
 from typing import Any
@@ -8,6 +8,7 @@ from uuid import UUID
 
 from sqlalchemy import Connection, RowMapping, text
 
+from farm.queries.suspects import LEFT_TO_OTHERS
 from farm.scheduling import FAIR_SHARE_HALF_LIFE, Warm
 
 LEVEL_WIDTH = 8
@@ -121,9 +122,10 @@ _LANE_SET = text(f"""
 """)
 
 # Walks ix_jobs_queue from the segment's head; measured in benchmarks/queue_cost.py.
-_TAKE = text("""
+_TAKE = text(f"""
     SELECT id, adapter_set, alone FROM jobs
     WHERE segment_id = :segment AND state = 'queued' AND run_at <= :now AND (run_at, id) >= (:head_run_at, :head_id)
+      AND (NOT alone OR crashes = 0 OR NOT {LEFT_TO_OTHERS})
     ORDER BY run_at, id LIMIT :limit FOR UPDATE SKIP LOCKED
 """)
 
@@ -246,8 +248,11 @@ def lane_segments(
     return conn.execute(_LANE_SET, {**parameters, "adapter_set": adapter_set}).mappings().all()
 
 
-def take(conn: Connection, segment: Any, *, adapter_set: str | None, limit: int, now: datetime) -> Sequence[RowMapping]:
-    """Lock up to `limit` queued jobs of a segment in order, of one adapter set or of any; skips locked ones."""
+def take(
+    conn: Connection, segment: Any, *, adapter_set: str | None, limit: int, now: datetime, asked: Mapping[str, Any]
+) -> Sequence[RowMapping]:
+    """Lock up to `limit` queued jobs of a segment in order, of one adapter set or of any; skips locked ones, and those
+    that are left to other workers than the one of `asked` (see `suspects.asked`)."""
     parameters = {
         "segment": segment["segment"],
         "head_run_at": segment["head_run_at"],
@@ -256,7 +261,7 @@ def take(conn: Connection, segment: Any, *, adapter_set: str | None, limit: int,
         "now": now,
     }
     if adapter_set is None:
-        return conn.execute(_TAKE, parameters).mappings().all()
+        return conn.execute(_TAKE, {**parameters, **asked}).mappings().all()
     return conn.execute(_TAKE_SET, {**parameters, "adapter_set": adapter_set}).mappings().all()
 
 

@@ -7,11 +7,14 @@ from uuid import UUID
 from sqlalchemy import Connection, RowMapping, bindparam, text
 from sqlalchemy.dialects.postgresql import JSONB
 
+from farm.queries.suspects import PLACE
+
 _HELLO = text("""
-    INSERT INTO workers (id, pool, host, pid, device, version, state)
-    VALUES (:worker, :pool, :host, :pid, :device, :version, 'starting')
-    ON CONFLICT (id) DO UPDATE SET pool = :pool, host = :host, pid = :pid, device = :device, version = :version,
-        state = 'starting', started_at = clock_timestamp(), heartbeat_at = clock_timestamp(), left_at = NULL
+    INSERT INTO workers (id, pool, name, host, pid, device, version, state)
+    VALUES (:worker, :pool, :name, :host, :pid, :device, :version, 'starting')
+    ON CONFLICT (id) DO UPDATE SET pool = :pool, name = :name, host = :host, pid = :pid, device = :device,
+        version = :version, resting = '[]', state = 'starting', started_at = clock_timestamp(),
+        heartbeat_at = clock_timestamp(), left_at = NULL
 """)
 
 _TELL = text("""
@@ -23,8 +26,9 @@ _GOODBYE = text(
     "UPDATE workers SET state = 'leaving', warm = '[]', cache = '{}', left_at = clock_timestamp() WHERE id = :worker"
 )
 
-_ALL = text("""
-    SELECT w.*, (SELECT count(*) FROM claims c JOIN attempts a ON a.claim_id = c.id AND a.outcome IS NULL
+_ALL = text(f"""
+    SELECT w.*, {PLACE.format("w")} AS place,
+           (SELECT count(*) FROM claims c JOIN attempts a ON a.claim_id = c.id AND a.outcome IS NULL
                  WHERE c.worker_id = w.id AND c.closed_at IS NULL) AS running,
            w.heartbeat_at < clock_timestamp() - CAST(:lost_after AS interval) AS lost
     FROM workers w WHERE w.left_at IS NULL ORDER BY w.id
@@ -32,7 +36,7 @@ _ALL = text("""
 
 
 def hello(conn: Connection, **worker: Any) -> None:
-    """A worker process starts: worker, pool, host, pid, device, version."""
+    """A worker process starts: worker, pool, name, host, pid, device, version."""
     conn.execute(_HELLO, worker)
 
 
