@@ -13,7 +13,7 @@ from sqlalchemy import Connection, RowMapping
 
 from farm.errors import LimitReached, NotFound, TooLarge
 from farm.queries import limits as rows
-from farm.views import LimitsView, ProjectView, UseView
+from farm.views_tenants import LimitsView, ProjectView, UseView
 
 UNKNOWN_WAIT = timedelta(minutes=1)
 """When a place in the queue frees if nothing of the project was rendered lately."""

@@ -138,6 +138,12 @@ class Settings(BaseSettings):
     suspect_wait: Seconds = timedelta(seconds=60)
     """How long a job that crashed a worker while claimed alone is left to other workers, where there are some, before
     that one may take it again."""
+    rest_after: Positive = 3
+    """Micro-batches of one checkpoint or lane that a worker fails in a row before it leaves that to other workers."""
+    rest: Seconds = timedelta(seconds=30)
+    """For how long it does so first, while there are others; doubles with each further failure, jittered."""
+    rest_max: Seconds = timedelta(minutes=15)
+    """Longest such rest."""
     retry_backoff: Seconds = timedelta(seconds=2)
     """First pause before a failed attempt is repeated; doubles each time, jittered."""
     retry_backoff_max: Seconds = timedelta(minutes=5)

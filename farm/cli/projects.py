@@ -8,7 +8,7 @@ import typer
 from farm.cli.display import json_line, table
 from farm.cli.options import DATA_DIR, AsJson, DataDir, connect
 from farm.errors import NotFound
-from farm.views import ProjectView
+from farm.views_tenants import ProjectView
 
 projects = typer.Typer(help="Projects and their limits. Needs a key with the scope admin.", no_args_is_help=True)
 

@@ -6,7 +6,7 @@ import typer
 
 from farm.cli.display import ago, json_line, table
 from farm.cli.options import DATA_DIR, AsJson, DataDir, connect
-from farm.views import WebhookView
+from farm.views_tenants import WebhookView
 
 webhooks = typer.Typer(help="Addresses that are told what happens.", no_args_is_help=True)
 

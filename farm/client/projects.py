@@ -6,7 +6,7 @@ from typing import Any
 import orjson
 
 from farm.client.calls import API, JSON, Call, Id, items, segment, view
-from farm.views import ProjectView
+from farm.views_tenants import ProjectView
 
 PROJECT: Callable[[bytes], ProjectView] = view(ProjectView)
 

@@ -35,9 +35,11 @@ def tell(
     state: Literal["starting", "idle", "busy", "leaving"],
     warm: Sequence[dict[str, Any]] = (),
     cache: Mapping[str, Any] = MappingProxyType({}),
+    resting: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """A heartbeat: state, what is warm (`checkpoint`, `adapters`, `bytes`, ...), and how well the cache serves."""
-    rows.tell(conn, worker=worker, state=state, warm=warm, cache=cache)
+    """A heartbeat: state, what is warm (`checkpoint`, `adapters`, `bytes`, ...), how well the cache serves, and what it
+    rests from (`hash` of a checkpoint or lane, ...)."""
+    rows.tell(conn, worker=worker, state=state, warm=warm, cache=cache, resting=resting)
 
 
 def goodbye(conn: Connection, *, worker: UUID) -> None:

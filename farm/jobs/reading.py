@@ -132,6 +132,9 @@ def workers(conn: Connection) -> list[WorkerView]:
                 "state": "lost" if row["lost"] else row["state"],
                 "warm": [_warm_view(pipeline, names) for pipeline in row["warm"]],
                 "cache": _cache_view(row["cache"], names),
+                "resting": [
+                    {**one, "checkpoint": names.get(one["checkpoint"], one["checkpoint"])} for one in row["resting"]
+                ],
             }
         )
         for row in worker_rows.present(conn, LOST_AFTER)

@@ -34,6 +34,9 @@ _HALF_LIFE = FAIR_SHARE_HALF_LIFE.total_seconds()
 _READY = "head_run_at IS NOT NULL AND NOT paused AND NOT cancelling AND project_id <> ALL(:full)"
 """`full` are projects that may start nothing now: their segments must not stand in front of others."""
 
+_WANTED = f"{_READY} AND lane <> ALL(:left) AND checkpoint <> ALL(:left)"
+"""`left` are lanes and checkpoints that are left to other workers: likewise."""
+
 # LIMIT 1 where a key is unique keeps the planner from reading a whole table for a join.
 # A few index probes for each level, project and warm lane, whatever is queued: all by the partial indexes
 # ix_segments_ready, ix_segments_project, ix_segments_set and ix_segments_lane.
@@ -41,9 +44,9 @@ _READY = "head_run_at IS NOT NULL AND NOT paused AND NOT cancelling AND project_
 # What other workers hold matters only where this one would have to load.
 _CANDIDATES = text(f"""
     WITH RECURSIVE levels(priority) AS (
-        (SELECT priority FROM segments WHERE pool = :pool AND {_READY} ORDER BY priority DESC LIMIT 1)
+        (SELECT priority FROM segments WHERE pool = :pool AND {_WANTED} ORDER BY priority DESC LIMIT 1)
         UNION ALL
-        SELECT (SELECT s.priority FROM segments s WHERE s.pool = :pool AND {_READY} AND s.priority < levels.priority
+        SELECT (SELECT s.priority FROM segments s WHERE s.pool = :pool AND {_WANTED} AND s.priority < levels.priority
                 ORDER BY s.priority DESC LIMIT 1)
         FROM levels WHERE levels.priority IS NOT NULL
     ), tenants(priority, project_id, id, upto, n) AS (
@@ -54,7 +57,7 @@ _CANDIDATES = text(f"""
         UNION ALL
         SELECT t.priority, s.project_id, s.id, t.upto, t.n + 1
         FROM tenants t CROSS JOIN LATERAL (
-            SELECT project_id, id FROM segments WHERE pool = :pool AND {_READY} AND priority = t.priority
+            SELECT project_id, id FROM segments WHERE pool = :pool AND {_WANTED} AND priority = t.priority
             AND project_id > t.project_id AND project_id <= t.upto
             ORDER BY project_id, head_run_at, id LIMIT 1) s
         WHERE t.n < :projects
@@ -62,11 +65,11 @@ _CANDIDATES = text(f"""
         SELECT id FROM tenants WHERE n > 0 ORDER BY upto DESC, n LIMIT :projects
     ), found AS (
         SELECT s.* FROM levels CROSS JOIN LATERAL (
-            SELECT * FROM segments WHERE pool = :pool AND {_READY} AND priority = levels.priority
+            SELECT * FROM segments WHERE pool = :pool AND {_WANTED} AND priority = levels.priority
             AND head_run_at <= :now ORDER BY head_run_at, id LIMIT :width) s
         UNION
         SELECT s.* FROM levels CROSS JOIN LATERAL (
-            SELECT * FROM segments WHERE pool = :pool AND {_READY} AND priority = levels.priority
+            SELECT * FROM segments WHERE pool = :pool AND {_WANTED} AND priority = levels.priority
             AND head_run_at <= :now ORDER BY head_run_at, id LIMIT :further_width OFFSET :further) s
         UNION
         SELECT s.* FROM seen CROSS JOIN LATERAL (
@@ -74,12 +77,12 @@ _CANDIDATES = text(f"""
         UNION
         SELECT s.* FROM unnest(CAST(:lanes AS text[]), CAST(:sets AS text[])) warm(lane, adapter_set)
         CROSS JOIN LATERAL (
-            SELECT * FROM segments WHERE pool = :pool AND {_READY} AND segments.lane = warm.lane
+            SELECT * FROM segments WHERE pool = :pool AND {_WANTED} AND segments.lane = warm.lane
             AND segments.adapter_set = warm.adapter_set AND head_run_at <= :now
             ORDER BY priority DESC, head_run_at LIMIT :warm_width) s
         UNION
         SELECT s.* FROM unnest(CAST(:lanes AS text[])) warm(lane) CROSS JOIN LATERAL (
-            SELECT * FROM segments WHERE pool = :pool AND {_READY} AND segments.lane = warm.lane
+            SELECT * FROM segments WHERE pool = :pool AND {_WANTED} AND segments.lane = warm.lane
             AND head_run_at <= :now ORDER BY priority DESC, head_run_at LIMIT :warm_width) s
     ), peers AS (
         SELECT id, warm FROM workers
@@ -205,10 +208,19 @@ def database_now(conn: Connection) -> datetime:
 
 
 def candidates(
-    conn: Connection, *, pool: str, worker: UUID, warm: Warm, full: Collection[UUID], random: Random, now: datetime
+    conn: Connection,
+    *,
+    pool: str,
+    worker: UUID,
+    warm: Warm,
+    full: Collection[UUID],
+    random: Random,
+    now: datetime,
+    left: Collection[str] = (),
 ) -> Sequence[RowMapping]:
     """Segments worth a look: the oldest of each priority level, some further on, one of each project, and those of
-    the worker's warm lanes. `random` says where to look further."""
+    the worker's warm lanes; none of the projects `full` and of the lanes and checkpoints `left` to others. `random`
+    says where to look further."""
     parameters = {
         "pool": pool,
         "worker": worker,
@@ -216,6 +228,7 @@ def candidates(
         "sets": list(warm.lanes.values()),
         "checkpoints": list(warm.checkpoints),
         "full": list(full),
+        "left": list(left),
         "now": now,
         "start": UUID(int=random.getrandbits(128)),
         "further": random.randrange(FURTHER),

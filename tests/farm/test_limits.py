@@ -12,7 +12,7 @@ from farm import jobs, limits
 from farm.errors import LimitReached, NotFound, TooLarge
 from farm.maintenance import Sweeper
 from farm.states import Outcome
-from farm.views import ProjectView
+from farm.views_tenants import ProjectView
 from tests.farm.conftest import Queue
 from tests.farm.hooks import neighbour
 
