@@ -133,7 +133,7 @@ class Counts(View):
 
 class BatchView(View):
     """A batch. `images_per_second` covers the last minute, or its life if that is shorter;
-    `eta_seconds` is null while nothing moves."""
+    `eta_seconds` is null while nothing moves. `stop_reason` says why it stopped itself, until it is retried."""
 
     id: UUID
     name: str
@@ -144,6 +144,8 @@ class BatchView(View):
     counts: Counts
     images_per_second: float = 0.0
     eta_seconds: float | None = None
+    stop_at_failed_share: float | None = None
+    stop_reason: str | None = None
     warnings: list[str] = []
     created_at: datetime
 

@@ -24,7 +24,7 @@ from farm.settings import Settings
 from farm.views import Page
 from farm.views_tenants import DeliveryView, WebhookView
 
-EVENTS = ("batch.finished", "batch.failed_share", "job.failed")
+EVENTS = ("batch.finished", "batch.failed_share", "batch.stopped", "job.failed")
 PING = "webhook.ping"
 MOST = 20
 """Webhooks of one project."""

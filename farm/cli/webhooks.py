@@ -13,7 +13,7 @@ webhooks = typer.Typer(help="Addresses that are told what happens.", no_args_is_
 Which = Annotated[str, typer.Argument(help="The webhook's id, as `farm webhooks list` shows it.", metavar="ID")]
 Events = Annotated[
     list[str] | None,
-    typer.Option("--event", help="batch.finished, batch.failed_share or job.failed; may be repeated."),
+    typer.Option("--event", help="batch.finished, batch.failed_share, batch.stopped or job.failed; may be repeated."),
 ]
 Share = Annotated[
     float | None, typer.Option(help="Share of a batch's jobs, above 0 and at most 1.", show_default=False)

@@ -197,7 +197,8 @@ _RENEW = text("""
 _CANCELLED = text("""
     SELECT j.id FROM attempts a JOIN jobs j ON j.id = a.job_id AND j.attempt = a.number
     JOIN segments s ON s.id = j.segment_id
-    WHERE a.claim_id = ANY(:claims) AND a.outcome IS NULL AND (j.cancel_requested_at IS NOT NULL OR s.cancelling)
+    WHERE a.claim_id = ANY(:claims) AND a.outcome IS NULL
+      AND (j.cancel_requested_at IS NOT NULL OR s.cancelling AND NOT s.stopping)
 """)
 
 
