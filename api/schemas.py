@@ -124,6 +124,7 @@ class LimitsBody(Body):
     running_jobs: Limit | None = None
     pixel_steps_per_day: Limit | None = None
     requests_per_second: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    upload_bytes: Limit | None = None
 
 
 TellOf = Literal["batch.finished", "batch.failed_share", "batch.stopped", "job.failed"]

@@ -17,6 +17,7 @@ class LimitsView(View):
     running_jobs: int | None = None
     pixel_steps_per_day: int | None = None
     requests_per_second: int | None = None
+    upload_bytes: int | None = None
 
 
 class UseView(View):
@@ -25,6 +26,7 @@ class UseView(View):
     queued_jobs: int
     running_jobs: int
     pixel_steps_today: int
+    upload_bytes: int = 0
 
 
 class ProjectView(View):
