@@ -167,6 +167,16 @@ def test_status_of_an_unreachable_farm_shows_what_is_known(run: Run, fake: FakeF
     assert "empty" not in run("status").stdout, "not to be reached is not to have nothing"
 
 
+@pytest.mark.parametrize("command", ["up", "down", "status"])
+@pytest.mark.parametrize("empty", ["", " "])
+def test_an_empty_data_directory_is_refused(run: Run, command: str, empty: str) -> None:
+    """`--data-dir "$DIR"` with nothing in it would mean the folder we are in."""
+    result = run(command, "--data-dir", empty)
+    assert result.exit_code == 2
+    assert "is empty" in result.stderr
+    assert list(Path().iterdir()) == []
+
+
 def test_down_where_nothing_runs(run: Run) -> None:
     result = run("down", "--data-dir", "nothing-here")
     assert result.exit_code == 0
