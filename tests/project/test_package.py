@@ -101,8 +101,8 @@ def test_what_ships_is_held_to_hashes_of_the_pinned_versions(image: str) -> None
     locked = (ROOT / f"requirements/{image}.txt").read_text().replace("\\\n", "")
     found = {}
     for line in (line for line in locked.splitlines() if line and not line.startswith("#")):
-        requirement, *hashes = line.split(" --hash=")
-        parsed = Requirement(requirement)
+        stated, *hashes = line.split(" --hash=")
+        parsed = Requirement(stated)
         assert hashes, line
         assert all(re.fullmatch(r"sha256:[0-9a-f]{64}\s*", one) for one in hashes), line
         found[canonical(parsed.name)] = parsed
