@@ -1,20 +1,21 @@
 # Two images from one file: `--target api` (API, sweeper, migrations, Flower; no torch) and `--target worker` (torch).
-# Python 3.11 is what the pins in constraints.txt were tested with.
+# Python 3.11 is what the pins in constraints.txt were tested with. Nothing is installed whose sha256 does not stand in
+# requirements/, for x86-64 and arm64; another build of torch (CPU, ROCm) needs a file of its own there: docs/security.md.
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm
+ARG WORKER_REQUIREMENTS=requirements/worker.txt
 
 # ---- what both images need, compiled into one virtual environment ---------------------------------------------------
 FROM ${PYTHON_IMAGE} AS dependencies
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PATH=/opt/farm/bin:$PATH
 WORKDIR /src
 RUN ["python3", "-m", "venv", "/opt/farm"]
-# Requirements alone first: a change of code does not install them again. hatchling builds our wheel further down;
-# Flower is the one embedded server that has no image of its own here.
-COPY pyproject.toml constraints.txt ./
-RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb')); print(*p['project']['dependencies'], 'flower', *p['build-system']['requires'], sep='\n')" > requirements.txt \
- && pip install --constraint constraints.txt --requirement requirements.txt
+# Requirements alone first: a change of code does not install them again. Among them hatchling, which builds our wheel
+# further down, and Flower, the one embedded server that has no image of its own here.
+COPY requirements/ requirements/
+RUN ["pip", "install", "--require-hashes", "--requirement", "requirements/api.txt"]
 
 FROM dependencies AS api-build
-COPY README.md LICENSE ./
+COPY pyproject.toml README.md LICENSE ./
 COPY migrations/ migrations/
 COPY farm/ farm/
 COPY workers/ workers/
@@ -22,9 +23,9 @@ COPY api/ api/
 RUN pip install --no-deps --no-build-isolation .
 
 FROM dependencies AS worker-build
-RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb')); print(*p['project']['optional-dependencies']['worker'], sep='\n')" > requirements.txt \
- && pip install --constraint constraints.txt --requirement requirements.txt
-COPY README.md LICENSE ./
+ARG WORKER_REQUIREMENTS
+RUN pip install --require-hashes --requirement "$WORKER_REQUIREMENTS"
+COPY pyproject.toml README.md LICENSE ./
 COPY migrations/ migrations/
 COPY farm/ farm/
 COPY workers/ workers/

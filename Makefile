@@ -11,8 +11,12 @@ PYTEST_WORKERS ?= 3
 # Rows of the chaos suite that run at a time: most of them wait most of the time.
 CHAOS_ROWS ?= 4
 
+UV := build/lock/bin/uv
+LOCK := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
+  --constraint constraints.txt --custom-compile-command 'make lock'
+
 .DEFAULT_GOAL := help
-.PHONY: help install demo test chaos lint audit format up down clean
+.PHONY: help install demo test chaos lint audit lock format up down clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z.]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -46,6 +50,11 @@ lint: $(STAMP)  ## linters, formatting, types, import contracts
 audit:  ## known faults of what constraints.txt pins (needs the network; in an environment of its own)
 	@test -x build/audit/bin/pip-audit || { $(PYTHON) -m venv build/audit && build/audit/bin/pip install --quiet pip-audit; }
 	build/audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
+
+lock:  ## requirements/: what the images install, with hashes; after a pin moved (needs the network)
+	@test -x $(UV) || { $(PYTHON) -m venv build/lock && build/lock/bin/pip install --quiet uv; }
+	printf 'flower\nhatchling\n' | $(LOCK) pyproject.toml - --output-file requirements/api.txt
+	printf 'flower\nhatchling\n' | $(LOCK) pyproject.toml - --extra worker --output-file requirements/worker.txt
 
 format: $(STAMP)  ## let ruff repair what it can
 	$(BIN)/ruff check --fix .

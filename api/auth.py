@@ -12,7 +12,7 @@ from farm.errors import Unauthorized
 from farm.keys import Caller, authenticate
 
 REMEMBER_SECONDS = 3.0
-"""A key revoked in another process works here for at most this long."""
+"""A key revoked in another process works here for at most this long; one that expires not a moment longer."""
 REMEMBER_KEYS = 10_000
 
 
@@ -34,15 +34,19 @@ class Authenticator:
 
     def look_up(self, key: str) -> Caller:
         """The caller of a key, from the database. Raises Unauthorized."""
-        generation = self._generation
+        generation, began = self._generation, self._clock()
         with self._database.transaction() as conn:
             caller = authenticate(conn, key)
+        until = self._clock() + REMEMBER_SECONDS
+        if caller.seconds_left is not None:
+            # Counted from before the database was asked: never too late.
+            until = min(until, began + caller.seconds_left)
         with self._lock:
             # A key revoked while we were reading must not be remembered.
             if generation == self._generation:
                 if len(self._known) >= REMEMBER_KEYS:
                     self._known.clear()
-                self._known[_digest(key)] = (caller, self._clock() + REMEMBER_SECONDS)
+                self._known[_digest(key)] = (caller, until)
         return caller
 
     def forget(self) -> None:

@@ -10,7 +10,7 @@ from starlette.datastructures import QueryParams
 from api.schemas import Text
 from farm import jsontext
 from farm.errors import InvalidRequest, Problem
-from farm.fields import Labels, words_of
+from farm.fields import FailedShare, Labels, words_of
 from farm.jobspec import JobSpec
 
 PROPERTIES: dict[str, dict[str, Any]] = {
@@ -26,6 +26,8 @@ def _is_text(schema: Mapping[str, Any]) -> bool:
 TEXTS = frozenset(name for name, schema in PROPERTIES.items() if _is_text(schema))
 """Parameters taken as they are; the others are JSON: `steps=4`, `labels={"site":"bridge-7"}`."""
 
+STOP = "stop_at_failed_share"
+
 FLAGS = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -35,6 +37,7 @@ class BatchParameters:
 
     name: str = ""
     dry_run: bool = False
+    stop_at_failed_share: float | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
 
@@ -51,13 +54,15 @@ class BatchParameters:
         defaults = {name: value for name, value in found.items() if name in PROPERTIES}
         title = _checked(Text, "name", found.get("name", ""), problems)
         labels = _checked(Labels, "labels", defaults.get("labels", {}), problems)
+        share = _checked(FailedShare | None, STOP, found.get(STOP), problems)
         if problems:
             raise InvalidRequest("a query parameter is not valid", problems=problems)
-        return cls(title, found.get("dry_run", False), defaults, labels)
+        return cls(title, found.get("dry_run", False), share, defaults, labels)
 
     def refuse_defaults(self) -> None:
         """A JSON body says these things itself. Raises InvalidRequest."""
-        given = [*self.defaults, *(["name"] if self.name else [])]
+        own = {"name": self.name, STOP: self.stop_at_failed_share}
+        given = [*self.defaults, *(name for name, value in own.items() if value)]
         if given:
             problems: list[Problem] = [{"field": name, "problem": "belongs into the JSON body"} for name in given]
             raise InvalidRequest("query parameters give defaults to NDJSON only", problems=problems)
@@ -69,6 +74,12 @@ def documented() -> list[dict[str, Any]]:
     own = [
         {"name": "dry_run", "in": "query", "schema": flag, "description": "Check everything, store nothing."},
         {"name": "name", "in": "query", "schema": {"type": "string"}, "description": "NDJSON: the batch's name."},
+        {
+            "name": STOP,
+            "in": "query",
+            "schema": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
+            "description": "NDJSON: the batch stops itself once this share of its jobs failed.",
+        },
     ]
     for name, schema in PROPERTIES.items():
         parameter: dict[str, Any] = {"name": name, "in": "query", "description": "NDJSON: default for every line."}
@@ -98,7 +109,7 @@ def _value(name: str, given: list[str]) -> Any:
         return FLAGS[given[0].lower()]
     if name == "name" or name in TEXTS:
         return given[0]
-    if name not in PROPERTIES:
+    if name not in PROPERTIES and name != STOP:
         raise ValueError("unknown parameter")
     try:
         return jsontext.loads(given[0])

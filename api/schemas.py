@@ -7,7 +7,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, Ski
 
 from farm.errors import InvalidRequest
 from farm.families import Profile
-from farm.fields import Labels, Moment, UploadHash
+from farm.fields import FailedShare, Labels, Moment, UploadHash
 from farm.states import JobState
 
 Text = Annotated[str, Field(max_length=200, pattern=r"^[^\x00]*$")]
@@ -24,11 +24,13 @@ class Body(BaseModel):
 
 class BatchBody(Body):
     """Many jobs. `defaults` holds any field of a job for those that do not say otherwise. Batch `labels` are the
-    defaults' labels unless given."""
+    defaults' labels unless given. Once `stop_at_failed_share` of the jobs that succeeded or failed have failed, the
+    batch stops itself; it is judged from 20 of them on, where it has fewer than 40 jobs from half, at least 2."""
 
     name: Text = ""
     labels: Labels | None = None
     defaults: dict[str, Any] = {}
+    stop_at_failed_share: FailedShare | None = None
     jobs: Annotated[list[SkipValidation[dict[str, Any]]], Field(min_length=1)]
     """Each is looked at later, in its turn: a million wrong ones must not make a million findings."""
 
@@ -122,12 +124,12 @@ class LimitsBody(Body):
     running_jobs: Limit | None = None
     pixel_steps_per_day: Limit | None = None
     requests_per_second: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    upload_bytes: Limit | None = None
 
 
-TellOf = Literal["batch.finished", "batch.failed_share", "job.failed"]
-TellOfs = Annotated[list[TellOf], Field(min_length=1, max_length=3)]
+TellOf = Literal["batch.finished", "batch.failed_share", "batch.stopped", "job.failed"]
+TellOfs = Annotated[list[TellOf], Field(min_length=1, max_length=len(get_args(TellOf)))]
 WebhookUrl = Annotated[str, Field(min_length=1, max_length=2000, examples=["https://example.com/farm"])]
-FailedShare = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 
 
 class WebhookBody(Body):

@@ -77,6 +77,7 @@ class Submission:
     name: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    stop_at_failed_share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ class Moment:
             now=self.now,
             labels=submission.labels,
             uploads=self.uploads,
+            stop_at_failed_share=submission.stop_at_failed_share,
         )
 
 

@@ -65,8 +65,8 @@ RECIPE = """## Recipe
 
     python -m workers.training.crack_tiny --work DIR --out FOLDER{style}
 
-Seeds {seed} (autoencoder), {base} (base), {distil} (LCM-LoRA) and {words} (words); {precision}. Hardware: {hardware};
-{hours:.1f} hours in all, as the logs tell.
+Seeds {seed} (autoencoder), {base} (base), {distil} (LCM-LoRA), {words} (words) and on; {precision}. Hardware:
+{hardware}; {hours:.1f} hours in all, as the logs tell.
 
 {table}
 

@@ -19,6 +19,9 @@ STAGES = {
     "words": ("words_steps", "64 captions", "words_rate"),
     "base": ("base_steps", "base_batch", "base_rate"),
     "distil": ("distil_steps", "distil_batch", "distil_rate"),
+    "decode": ("decoder_steps", "4 whole pictures", "decoder_rate"),
+    "reader": ("reader_steps", "64 latents", "reader_rate"),
+    "sharpen": ("sharpen_steps", "distil_batch", "sharpen_rate"),
     "style": ("steps", "batch", "rate"),
 }
 """A stage's settings: steps, pictures a step (a setting or words), learning rate."""

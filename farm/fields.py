@@ -9,6 +9,9 @@ from pydantic import AfterValidator, AwareDatetime, BeforeValidator, Field, Stri
 
 from farm.errors import Problem
 
+FailedShare = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+"""A share of failed jobs at which something happens."""
+
 MAX_PROMPT = 8_000
 MAX_LABELS = 32
 MAX_FIELDS = 100

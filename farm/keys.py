@@ -26,13 +26,14 @@ PREFIX_LENGTH = 12
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who sent a request."""
+    """Who sent a request. `seconds_left`: how long the key was still valid when it was looked up; None for ever."""
 
     project_id: UUID
     project: str
     key_id: UUID
     scopes: frozenset[str]
     requests_per_second: int | None = None
+    seconds_left: float | None = None
 
 
 def create_key(
@@ -73,7 +74,15 @@ def authenticate(conn: Connection, key: str) -> Caller:
     if found is None:
         raise Unauthorized
     scopes = frozenset(found["scopes"]).union(*(WIDER.get(scope, ()) for scope in found["scopes"]))
-    return Caller(found["project_id"], found["project"], found["id"], scopes, found["requests_per_second"])
+    left = found["seconds_left"]
+    return Caller(
+        found["project_id"],
+        found["project"],
+        found["id"],
+        scopes,
+        found["requests_per_second"],
+        None if left is None else float(left),
+    )
 
 
 def list_keys(conn: Connection) -> list[KeyView]:

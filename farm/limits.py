@@ -1,4 +1,4 @@
-"""Limits of a project: what a submission may add, how many of its jobs may run, how much a day.
+"""Limits of a project: what a submission may add, how many of its jobs may run, how much a day, how much it may keep.
 
 Requests per second are the API's own business (`api/limiting.py`); everything here is exact, in the transaction that
 adds.
@@ -13,7 +13,7 @@ from sqlalchemy import Connection, RowMapping
 
 from farm.errors import LimitReached, NotFound, TooLarge
 from farm.queries import limits as rows
-from farm.views import LimitsView, ProjectView, UseView
+from farm.views_tenants import LimitsView, ProjectView, UseView
 
 UNKNOWN_WAIT = timedelta(minutes=1)
 """When a place in the queue frees if nothing of the project was rendered lately."""
@@ -22,7 +22,7 @@ LONGEST_WAIT = timedelta(hours=1)
 
 def get(conn: Connection, project: UUID) -> ProjectView:
     """A project with its limits and use. Raises NotFound."""
-    return _view(_found(rows.use(conn, project)))
+    return _view(_found(rows.shown(conn, project)))
 
 
 def every(conn: Connection) -> list[ProjectView]:
@@ -55,6 +55,25 @@ def hold(conn: Connection, project: UUID, *, coming: int = 0, pixel_steps: int =
         _refuse("queued_jobs", most, queued - asked, asked, _until(conn, project, queued - most), use)
     if daily is not None and pixel_steps:
         rows.spend(conn, project, pixel_steps=spent, now=use["now"])
+
+
+def hold_upload(conn: Connection, project: UUID, size: int) -> None:
+    """To be called last in the transaction that stored an upload of `size` bytes: it counts too. As `hold`."""
+    if rows.uploaded(conn, project) is not None:
+        rows.lock(conn, [project])
+        _check_upload(conn, project, size, stored=size)
+
+
+def refuse_upload(conn: Connection, project: UUID, size: int) -> None:
+    """Refuse an upload of `size` bytes before it is sent anywhere. Raises LimitReached, TooLarge."""
+    _check_upload(conn, project, size, stored=0)
+
+
+def _check_upload(conn: Connection, project: UUID, size: int, *, stored: int) -> None:
+    found = rows.uploaded(conn, project)
+    if found is not None and (used := int(found["used"]) - stored) + size > found["most"]:
+        # Nobody knows when: somebody deletes some, or they go after their time.
+        _refuse("upload_bytes", found["most"], used, size, LONGEST_WAIT, found)
 
 
 def refuse_full(conn: Connection, project: UUID) -> None:
@@ -134,5 +153,10 @@ def _view(row: RowMapping) -> ProjectView:
         name=row["name"],
         created_at=row["created_at"],
         limits=LimitsView(**{name: row[name] for name in rows.NAMES}),
-        use=UseView(queued_jobs=row["queued"], running_jobs=row["running"], pixel_steps_today=row["pixel_steps"]),
+        use=UseView(
+            queued_jobs=row["queued"],
+            running_jobs=row["running"],
+            pixel_steps_today=row["pixel_steps"],
+            upload_bytes=row["uploaded"],
+        ),
     )

@@ -14,7 +14,7 @@ from uuid import UUID
 
 import structlog
 
-from farm import doorbell, jobs, telling, uploads
+from farm import doorbell, jobs, stopping, telling, uploads
 from farm.courier import Courier
 from farm.db import Database
 from farm.errors import FarmError
@@ -101,13 +101,19 @@ class Sweeper:
         return rescued > 0
 
     def fold(self) -> bool:
-        """Fold appended deltas into the counters, and tell of the batches that finished by them."""
+        """Fold appended deltas into the counters, tell of the batches that finished by them, and stop those of which
+        too many jobs failed."""
         with self.database.transaction() as conn:
             if not maintaining.try_duty(conn, 1):
                 return False
             folded = maintaining.fold(conn, FOLDED_AT_ONCE)
             telling.batches_moved(conn, folded.ended)
-            return folded.deltas == FOLDED_AT_ONCE
+        if folded.ended:
+            # Apart: folding holds rows of projects that whoever retries a batch waits for with its segments in hand.
+            with self.database.transaction() as conn:
+                for batch in stopping.stop_batches(conn, folded.ended):
+                    log.warning("a batch stopped itself: too many of its jobs failed", batch=str(batch))
+        return folded.deltas == FOLDED_AT_ONCE
 
     def ring(self) -> bool:
         """Ring for work that nobody hears of: retries that fell due, doorbells lost with the broker."""

@@ -21,103 +21,23 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Mapped, mapped_column
 
 from farm import upload_models  # noqa: F401  # its tables belong to the metadata
+from farm.models_catalogue import CatalogueStamp, Model, ModelFile, Registration
 from farm.models_tenants import ApiKey, Project, Webhook, WebhookDelivery
 from farm.schema import BY_PRIORITY, EMPTY_ARRAY, EMPTY_OBJECT, NOW, QUEUED, READY, RUNNING, Base, Xid8
 
-SCHEMA_VERSION = "0010"
+SCHEMA_VERSION = "0013"
 """The Alembic revision this code was written for; a process refuses any other."""
 
 TENANTS = (Project, ApiKey, Webhook, WebhookDelivery)
 """Tables of a file of their own: who uses the farm, and whom it tells."""
 
-
-class Model(Base):
-    """A checkpoint or an adapter at a content hash, under the name jobs use."""
-
-    __tablename__ = "models"
-    name: Mapped[str] = mapped_column(primary_key=True)
-    hash: Mapped[str] = mapped_column(index=True)
-    kind: Mapped[str]
-    family: Mapped[str]
-    state: Mapped[str]
-    reason: Mapped[str | None]
-    bytes: Mapped[int] = mapped_column(BigInteger)
-    profile: Mapped[dict[str, Any]] = mapped_column(server_default=EMPTY_OBJECT)
-    source: Mapped[dict[str, Any]] = mapped_column(server_default=EMPTY_OBJECT)
-    created_at: Mapped[datetime] = mapped_column(server_default=NOW)
-    __table_args__ = (
-        CheckConstraint("kind IN ('checkpoint', 'vae', 'controlnet', 'motion', 'acceleration', 'style')", name="kind"),
-        CheckConstraint("state IN ('pending', 'available', 'refused')", name="state"),
-    )
-
-
-class CatalogueStamp(Base):
-    """One row, written by a trigger with every change of `models`: whoever read this stamp has read these models."""
-
-    __tablename__ = "catalogue_stamp"
-    single: Mapped[bool] = mapped_column(primary_key=True, server_default=text("true"))
-    stamp: Mapped[uuid.UUID]
-    __table_args__ = (CheckConstraint("single", name="single"),)
-
-
-class Registration(Base):
-    """A model on its way into the farm: what was asked for, how far it is, and who works on it.
-
-    Finished if and only if available or refused. `attempt` is the fence: it rises at every claim. `lease_until` is the
-    claim's end while `worker_id` is set, else the earliest next try. `fresh` are the contents that were not in the
-    store before this registration brought them: they go when it is refused.
-    """
-
-    __tablename__ = "registrations"
-    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
-    name: Mapped[str]
-    kind: Mapped[str]
-    source: Mapped[str]
-    wanted: Mapped[dict[str, Any]] = mapped_column(server_default=EMPTY_OBJECT)
-    pool: Mapped[str]
-    state: Mapped[str]
-    reason: Mapped[str | None]
-    notes: Mapped[list[str]] = mapped_column(server_default=EMPTY_ARRAY)
-    raw: Mapped[str | None]
-    fresh: Mapped[list[str]] = mapped_column(server_default=EMPTY_ARRAY)
-    hash: Mapped[str | None]
-    family: Mapped[str | None]
-    bytes: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
-    total_bytes: Mapped[int | None] = mapped_column(BigInteger)
-    attempt: Mapped[int] = mapped_column(server_default=text("0"))
-    failures: Mapped[int] = mapped_column(SmallInteger, server_default=text("0"))
-    crashes: Mapped[int] = mapped_column(SmallInteger, server_default=text("0"))
-    worker_id: Mapped[uuid.UUID | None]
-    lease_until: Mapped[datetime | None]
-    created_at: Mapped[datetime] = mapped_column(server_default=NOW)
-    finished_at: Mapped[datetime | None]
-    __table_args__ = (
-        CheckConstraint("kind IN ('checkpoint', 'vae', 'controlnet', 'motion', 'acceleration', 'style')", name="kind"),
-        CheckConstraint(
-            "state IN ('waiting', 'fetching', 'checking', 'storing', 'testing', 'available', 'refused')", name="state"
-        ),
-        CheckConstraint(
-            "(finished_at IS NOT NULL) = (state IN ('available', 'refused'))", name="finished_iff_terminal"
-        ),
-        Index("ix_registrations_open", "pool", "id", postgresql_where=text("finished_at IS NULL")),
-        Index("uq_registrations_open_name", "name", unique=True, postgresql_where=text("finished_at IS NULL")),
-        {"postgresql_with": {"fillfactor": "50"}},
-    )
-
-
-class ModelFile(Base):
-    """One file of a model's content. Kept as long as any recipe may name the hash; names come and go."""
-
-    __tablename__ = "model_files"
-    hash: Mapped[str] = mapped_column(primary_key=True)
-    path: Mapped[str] = mapped_column(primary_key=True)
-    key: Mapped[str] = mapped_column(index=True)
-    sha256: Mapped[str]
-    bytes: Mapped[int] = mapped_column(BigInteger)
+CATALOGUE = (Model, CatalogueStamp, Registration, ModelFile)
+"""Likewise: which models there are, and which are on their way."""
 
 
 class Batch(Base):
-    """Jobs submitted together."""
+    """Jobs submitted together. `stop_reason` is set when the batch stopped itself, as so many had failed as
+    `stop_at_failed_share` says, until somebody retries it."""
 
     __tablename__ = "batches"
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
@@ -127,9 +47,12 @@ class Batch(Base):
     warnings: Mapped[list[str]] = mapped_column(server_default=EMPTY_ARRAY)
     total: Mapped[int] = mapped_column(BigInteger)
     priority: Mapped[int]
+    stop_at_failed_share: Mapped[float | None]
+    stop_reason: Mapped[str | None]
     created_at: Mapped[datetime] = mapped_column(server_default=NOW)
     deleted_at: Mapped[datetime | None]
     __table_args__ = (
+        CheckConstraint("stop_at_failed_share > 0 AND stop_at_failed_share <= 1", name="stop_at_failed_share"),
         Index(None, "project_id", "id", postgresql_where=text("deleted_at IS NULL")),
         Index("ix_batches_deleted", "id", postgresql_where=text("deleted_at IS NOT NULL")),
     )
@@ -144,7 +67,7 @@ class Segment(Base):
     raises it, both under the row's lock.
 
     `adapter_set` is NULL where the jobs differ in it. `cancelling` and `retrying` ask the sweeper to turn the remaining
-    rows over in pieces.
+    rows over in pieces. `stopping` beside `cancelling` lets those that run finish: the batch stopped itself.
     """
 
     __tablename__ = "segments"
@@ -158,6 +81,7 @@ class Segment(Base):
     priority: Mapped[int]
     paused: Mapped[bool] = mapped_column(server_default=text("false"))
     cancelling: Mapped[bool] = mapped_column(server_default=text("false"))
+    stopping: Mapped[bool] = mapped_column(server_default=text("false"))
     retrying: Mapped[bool] = mapped_column(server_default=text("false"))
     head_run_at: Mapped[datetime | None]
     head_id: Mapped[uuid.UUID | None]
@@ -296,11 +220,13 @@ class Replay(Base):
 
 
 class Worker(Base):
-    """A worker process, what it keeps warm, and how well its cache serves (`cache`)."""
+    """A worker process, what it keeps warm, how well its cache serves (`cache`), and which pipelines it leaves to
+    others for a while (`resting`). `name` stays the same after a restart; NULL where host and device tell enough."""
 
     __tablename__ = "workers"
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
     pool: Mapped[str]
+    name: Mapped[str | None]
     host: Mapped[str]
     pid: Mapped[int]
     device: Mapped[str]
@@ -308,6 +234,7 @@ class Worker(Base):
     state: Mapped[str]
     warm: Mapped[list[dict[str, Any]]] = mapped_column(JSONB, server_default=text("'[]'::jsonb"))
     cache: Mapped[dict[str, Any]] = mapped_column(server_default=EMPTY_OBJECT)
+    resting: Mapped[list[dict[str, Any]]] = mapped_column(JSONB, server_default=text("'[]'::jsonb"))
     started_at: Mapped[datetime] = mapped_column(server_default=NOW)
     heartbeat_at: Mapped[datetime] = mapped_column(server_default=NOW)
     left_at: Mapped[datetime | None]

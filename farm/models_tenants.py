@@ -29,6 +29,7 @@ class Project(Base):
     max_running_jobs: Mapped[int | None] = mapped_column(BigInteger)
     max_pixel_steps_per_day: Mapped[int | None] = mapped_column(BigInteger)
     max_requests_per_second: Mapped[int | None] = mapped_column(BigInteger)
+    max_upload_bytes: Mapped[int | None] = mapped_column(BigInteger)
     spent_on: Mapped[date | None]
     spent_pixel_steps: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
     __table_args__ = (Index("ix_projects_running_limit", "id", postgresql_where=text("max_running_jobs IS NOT NULL")),)

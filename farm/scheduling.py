@@ -40,6 +40,7 @@ class Warm:
 
     `pace`: seconds that a micro-batch takes it, 0 while it has rendered none.
     `mixes`: it renders several adapter sets of a lane in one micro-batch, but for the lanes in `apart`.
+    `resting`: hashes of checkpoints and lanes that it failed lately, and leaves to others as long as there are some.
     """
 
     lanes: dict[str, str] = field(default_factory=dict)
@@ -47,6 +48,7 @@ class Warm:
     pace: float = 0.0
     mixes: bool = False
     apart: frozenset[str] = frozenset()
+    resting: frozenset[str] = frozenset()
 
     def mixes_in(self, lane: str) -> bool:
         """Whether jobs of this lane may come in several adapter sets at once."""

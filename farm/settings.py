@@ -88,12 +88,15 @@ class Settings(BaseSettings):
     """The checkpoint of a job that names none."""
     pool: str = "default"
     """The pool this worker serves, or a doorbell rings in."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """Whether UNet and VAE are compiled while they serve as they are; `auto` does so on CUDA devices."""
+    worker_name: Annotated[str, Field(min_length=1, max_length=200)] | None = None
+    """What this worker is called, before and after a restart; unset means by its host and device. Set it where several
+    workers share these."""
     device: str = "auto"
     """`auto` (first CUDA device, else CPU), `cpu`, `cuda:N` or `mps` (untested)."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     """`auto` is float16 on CUDA and float32 on a CPU."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Whether UNet and VAE are compiled while they serve as they are; `auto` does so on CUDA devices."""
     micro_batch: Annotated[int, Field(ge=1, le=64)] = 8
     """Most jobs denoised together."""
     mix_adapters: bool = True
@@ -134,6 +137,15 @@ class Settings(BaseSettings):
     """Reported errors after which a job fails."""
     max_crashes: Positive = 3
     """Crashes while claimed alone after which a job is quarantined (failed with cause)."""
+    suspect_wait: Seconds = timedelta(seconds=60)
+    """How long a job that crashed a worker while claimed alone is left to other workers, where there are some, before
+    that one may take it again."""
+    rest_after: Positive = 3
+    """Micro-batches of one checkpoint or lane that a worker fails in a row before it leaves that to other workers."""
+    rest: Seconds = timedelta(seconds=30)
+    """For how long it does so first, while there are others; doubles with each further failure, jittered."""
+    rest_max: Seconds = timedelta(minutes=15)
+    """Longest such rest."""
     retry_backoff: Seconds = timedelta(seconds=2)
     """First pause before a failed attempt is repeated; doubles each time, jittered."""
     retry_backoff_max: Seconds = timedelta(minutes=5)

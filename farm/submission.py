@@ -59,6 +59,7 @@ class Prepared(AbstractContextManager["Prepared"]):
         self.name = name
         self.labels = labels
         self.priority = priority
+        self.stop_at_failed_share: float | None = None
         self.jobs = 0
         self.pixel_steps = 0
         self.segments: dict[tuple[str, int, str | None], _Segment] = {}
@@ -103,12 +104,14 @@ def prepare(
     labels: Mapping[str, str] | None = None,
     first_line: int = 1,
     uploads: Known | None = None,
+    stop_at_failed_share: float | None = None,
 ) -> Prepared:
     """Check every row (a dict, or the bytes of one JSON object) and spool what would be stored.
 
     `now` is the database's clock: jobs without `run_at` are due at once. `uploads` answers which pictures may be named;
-    without it none is. Blank lines are skipped. Raises InvalidRequest with the first 100 problems (line, field,
-    problem), or when there is no job at all; TooLarge when there are more jobs than a batch may have.
+    without it none is. `stop_at_failed_share` (above 0, at most 1) is when the batch is to stop itself. Blank lines are
+    skipped. Raises InvalidRequest with the first 100 problems (line, field, problem), or when there is no job at all;
+    TooLarge when there are more jobs than a batch may have.
     """
     known = uploads or Known(lambda _: {})
     writer = _Writer(dict(defaults), catalogue, settings, name, now, dict(labels or {}), known)
@@ -120,6 +123,7 @@ def prepare(
             if len(writer.problems) >= MAX_PROBLEMS:
                 break
         writer.check()
+        writer.prepared.stop_at_failed_share = stop_at_failed_share
     except BaseException:
         writer.prepared.__exit__(None, None, None)
         raise

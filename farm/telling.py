@@ -8,6 +8,7 @@ from uuid import UUID
 from sqlalchemy import Connection, RowMapping
 
 from farm.queries import webhooks as rows
+from farm.shares import reached
 from farm.states import JobState
 from farm.webhooks import message
 
@@ -29,12 +30,19 @@ def batches_moved(conn: Connection, batches: Collection[UUID]) -> None:
         return
     told = []
     for row in rows.batches_to_tell(conn, batches):
-        # A share such as 0.7 of 10 is a little more than 7 in floating point.
-        if row["failed"] and float(row["failed"]) >= row["failed_share"] * row["total"] - 1e-6:
+        if reached(int(row["failed"]), row["total"], row["failed_share"]):
             told.append(_batch(row, "batch.failed_share", failed_share=row["failed_share"]))
         if not row["queued"] and not row["running"]:
             told.append(_batch(row, "batch.finished"))
     rows.tell(conn, [found for found, events in told if found["event"] in events])
+
+
+def batches_stopped(conn: Connection, batches: Collection[UUID]) -> None:
+    """Tell of batches that stopped themselves, in the transaction that stops them."""
+    if batches:
+        found = rows.batches_to_tell(conn, batches)
+        told = [_batch(row, "batch.stopped", reason=row["stop_reason"]) for row in found]
+        rows.tell(conn, [message for message, events in told if "batch.stopped" in events])
 
 
 def _failed(row: RowMapping) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from uuid import UUID
 
 from sqlalchemy import Connection
 
-from farm import imagefile
+from farm import imagefile, limits
 from farm.db import Database
 from farm.errors import Conflict, InvalidRequest, NotFound, Unavailable
 from farm.objects import upload_key
@@ -48,8 +48,9 @@ def add(
 ) -> tuple[UploadView, bool]:
     """Check and store a picture; answers it and whether it is new. One that is there already counts as used.
 
-    Raises what `imagefile.check` raises, InvalidRequest when it is something else than `media_type` says, Unavailable
-    when Postgres or S3 is away. Whatever ends this halfway, nothing is left behind for good.
+    Raises what `imagefile.check` raises, InvalidRequest when it is something else than `media_type` says, LimitReached
+    or TooLarge past the project's limit of bytes, Unavailable when Postgres or S3 is away. Whatever ends this halfway,
+    nothing is left behind for good.
     """
     found = imagefile.check(data, settings.max_image_pixels)
     if media_type != found.media_type:
@@ -61,6 +62,7 @@ def add(
             known = rows.touch(conn, project, [hash_])
             if known:
                 return UploadView(**known[0]), False
+            limits.refuse_upload(conn, project, len(data))
             rows.announce(conn, key, PATIENCE)
         store.put(key, data, found.media_type, hash_)
         with database.transaction() as conn:
@@ -76,6 +78,7 @@ def add(
                     height=found.height,
                     bytes=len(data),
                 )
+                limits.hold_upload(conn, project, len(data))
                 return UploadView(**row), True
     raise Unavailable("the picture was deleted as fast as it was stored; send it again")
 

@@ -134,7 +134,7 @@ class Counts(View):
 
 class BatchView(View):
     """A batch. `images_per_second` covers the last minute, or its life if that is shorter;
-    `eta_seconds` is null while nothing moves."""
+    `eta_seconds` is null while nothing moves. `stop_reason` says why it stopped itself, until it is retried."""
 
     id: UUID
     name: str
@@ -145,6 +145,8 @@ class BatchView(View):
     counts: Counts
     images_per_second: float = 0.0
     eta_seconds: float | None = None
+    stop_at_failed_share: float | None = None
+    stop_reason: str | None = None
     warnings: list[str] = []
     created_at: datetime
 
@@ -175,12 +177,26 @@ class LaneView(View):
     images_per_second: float = 0.0
 
 
+class RestView(View):
+    """What a worker failed several times in a row and leaves to others, while there are some: a checkpoint, or one lane
+    of it. `code` is the last failure's; `seconds` were left at its last heartbeat."""
+
+    of: Literal["checkpoint", "lane"]
+    hash: str
+    checkpoint: str
+    failures: int
+    code: str
+    seconds: float
+
+
 class WorkerView(View):
     """A worker process, what it keeps warm (checkpoints and adapters by name, bytes on the device), and how well its
-    cache serves: hit rates, load seconds, bytes within budgets, and which checkpoints wait in host memory."""
+    cache serves: hit rates, load seconds, bytes within budgets, and which checkpoints wait in host memory. `name` is
+    the same after a restart: the worker's own, else host and device."""
 
     id: UUID
     pool: str
+    name: str = ""
     host: str
     pid: int
     device: str
@@ -191,6 +207,7 @@ class WorkerView(View):
     running: int = 0
     warm: list[dict[str, Any]] = []
     cache: dict[str, Any] = {}
+    resting: list[RestView] = []
 
 
 class CheckpointView(View):
@@ -305,67 +322,6 @@ class KeyView(View):
     expires_at: datetime | None = None
     revoked_at: datetime | None = None
     key: str | None = Field(default=None, description="Shown once, when the key is made.")
-
-
-class LimitsView(View):
-    """What a project may have at most; null where there is no limit. Pixel steps are width x height x steps, summed
-    over the jobs accepted on one day (UTC); each frame of an animation counts."""
-
-    queued_jobs: int | None = None
-    running_jobs: int | None = None
-    pixel_steps_per_day: int | None = None
-    requests_per_second: int | None = None
-
-
-class UseView(View):
-    """What a project has now. Pixel steps are counted while there is a limit of them."""
-
-    queued_jobs: int
-    running_jobs: int
-    pixel_steps_today: int
-
-
-class ProjectView(View):
-    """A tenant with its limits and its use of them."""
-
-    id: UUID
-    name: str
-    limits: LimitsView
-    use: UseView
-    created_at: datetime
-
-
-class WebhookView(View):
-    """Whom a project wants told of what. `secret` is set in the answers that make it or a new one; until
-    `previous_until` messages are signed with the secret before as well."""
-
-    id: UUID
-    url: str
-    events: list[str]
-    failed_share: float
-    enabled: bool
-    disabled_reason: str | None = None
-    created_at: datetime
-    previous_until: datetime | None = None
-    secret: str | None = Field(default=None, description="Shown once, when it is made.")
-
-
-class DeliveryView(View):
-    """One message to a webhook. `message_id` is its `webhook-id`, the same at every try; `last_status` the HTTP status
-    of the last answer, `last_error` why that try did not count; `next_at` when the next is due."""
-
-    id: UUID
-    message_id: str
-    webhook_id: UUID
-    event: str
-    state: Literal["waiting", "delivered", "failed"]
-    attempts: int
-    next_at: datetime | None = None
-    last_status: int | None = None
-    last_error: str | None = None
-    created_at: datetime
-    delivered_at: datetime | None = None
-    body: dict[str, Any]
 
 
 class ImageLink(View):

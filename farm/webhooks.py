@@ -21,9 +21,10 @@ from farm.errors import Conflict, InvalidRequest, NotFound, Problem
 from farm.ids import new_id
 from farm.queries import webhooks as rows
 from farm.settings import Settings
-from farm.views import DeliveryView, Page, WebhookView
+from farm.views import Page
+from farm.views_tenants import DeliveryView, WebhookView
 
-EVENTS = ("batch.finished", "batch.failed_share", "job.failed")
+EVENTS = ("batch.finished", "batch.failed_share", "batch.stopped", "job.failed")
 PING = "webhook.ping"
 MOST = 20
 """Webhooks of one project."""

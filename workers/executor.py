@@ -27,6 +27,7 @@ from workers.gate import Gate, Pace, Turn
 from workers.lease import Held, Lease
 from workers.leaving import Leaving
 from workers.pictures import Pixels
+from workers.resting import UNFORESEEN
 from workers.sources import Sources
 from workers.storing import Answer, Storing
 
@@ -123,6 +124,8 @@ class Executor:
                     self._watcher.began(claimed)
                 results = self._see_through(held, turn, started)
                 self._finish(held, results)
+                if self.lease.rests.learn(claimed, results):
+                    self.lease.beat_soon()
                 if self._watcher is not None:
                     self._watcher.ended(claimed, results, monotonic() - started)
         return True
@@ -177,6 +180,7 @@ class Executor:
             pace,
             state.mixes,
             frozenset(state.apart),
+            self.lease.rests.keys,
         )
 
     def _see_through(self, held: Held, turn: Turn, started: float) -> list[Result]:
@@ -264,7 +268,7 @@ class Executor:
             return Result(job.id, job.attempt, Outcome.GIVEN_BACK)
         error = error or RenderFailed("the pipeline answered no picture")
         outcome = Outcome.FAILED if isinstance(error, PermanentError) else Outcome.RETRY
-        code, message = (error.code, error.message) if isinstance(error, FarmError) else ("internal", repr(error))
+        code, message = (error.code, error.message) if isinstance(error, FarmError) else (UNFORESEEN, repr(error))
         return Result(job.id, job.attempt, outcome, error_code=code, error_message=message[:2000])
 
     def _finish(self, held: Held, results: Sequence[Result]) -> None:

@@ -22,6 +22,7 @@ from farm.jobs import Claimed, ClaimedJob
 from farm.settings import Settings
 from workers.exits import Exit, end_process
 from workers.leaving import Leaving
+from workers.resting import Rests
 
 HEARTBEATS_APART = 0.25
 """Least share of the heartbeat interval between two beats, however many cancels are hinted."""
@@ -73,8 +74,10 @@ class Lease:
         *,
         warm: Callable[[], Sequence[dict[str, Any]]] = tuple,
         cache: Callable[[], Mapping[str, Any]] = dict,
+        rests: Rests | None = None,
         end: Callable[[Exit, str], None] = end_process,
     ) -> None:
+        self.rests = rests or Rests(settings)
         self._database = database
         self._settings = settings
         self._worker = worker
@@ -140,7 +143,14 @@ class Lease:
         with self._database.transaction() as conn:
             if held:
                 renewal = jobs.renew(conn, worker=self._worker, claims=list(held), settings=self._settings)
-            jobs.tell(conn, worker=self._worker, state=self._state(held), warm=self._warm(), cache=self._cache())
+            jobs.tell(
+                conn,
+                worker=self._worker,
+                state=self._state(held),
+                warm=self._warm(),
+                cache=self._cache(),
+                resting=self.rests.told(),
+            )
         if held:
             self._learn(held, renewal.lost, renewal.cancelled)
 

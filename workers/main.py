@@ -141,6 +141,7 @@ def _hello(database: Database, settings: Settings, worker: UUID, device: str) ->
             conn,
             worker=worker,
             pool=settings.pool,
+            name=settings.worker_name,
             host=platform.node(),
             pid=os.getpid(),
             device=device,

@@ -42,7 +42,13 @@ async def create_batch(request: Request, caller: SubmitterDep, farm: FarmDep, ke
     if kind in NDJSON:
         refuse_encoding(request)
         async with spooled(request, farm.settings.spool_dir) as (file, body_hash, size):
-            submission = Submission(lines(file), parameters.name, parameters.labels, parameters.defaults)
+            submission = Submission(
+                lines(file),
+                parameters.name,
+                parameters.labels,
+                parameters.defaults,
+                parameters.stop_at_failed_share,
+            )
             once = Once.of(request, caller.project_id, key, body_hash)
             return await farm.checking(
                 lambda: _accept(farm, caller, once, submission, dry_run=parameters.dry_run), size
@@ -55,7 +61,8 @@ async def create_batch(request: Request, caller: SubmitterDep, farm: FarmDep, ke
 
     def accept() -> Response:
         batch = read(body, BatchBody)
-        submission = Submission(batch.jobs, batch.name, batch.batch_labels, batch.defaults)
+        share = batch.stop_at_failed_share
+        submission = Submission(batch.jobs, batch.name, batch.batch_labels, batch.defaults, share)
         try:
             return _accept(farm, caller, once, submission, dry_run=parameters.dry_run)
         except InvalidRequest as error:

@@ -10,7 +10,8 @@ from api.examples import LIMITS
 from api.openapi import body as documented
 from api.schemas import LimitsBody
 from farm import limits
-from farm.views import Page, ProjectView
+from farm.views import Page
+from farm.views_tenants import ProjectView
 
 router = APIRouter(tags=["projects"])
 

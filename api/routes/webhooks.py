@@ -12,7 +12,8 @@ from api.examples import WEBHOOK
 from api.openapi import body as documented
 from api.schemas import Overlap, Paging, WebhookBody, WebhookChange
 from farm import webhooks
-from farm.views import DeliveryView, Page, WebhookView
+from farm.views import Page
+from farm.views_tenants import DeliveryView, WebhookView
 
 router = APIRouter(prefix="/webhooks", tags=["webhooks"])
 

@@ -161,4 +161,5 @@ def batch_note(batch: BatchView) -> str:
     notes += [
         f"{number} {name}" for name, number in (("failed", counts.failed), ("cancelled", counts.cancelled)) if number
     ]
-    return ", ".join(notes + (["paused"] if batch.paused else []))
+    stopped = [f"stopped: {batch.stop_reason}"] if batch.stop_reason else []
+    return ", ".join(notes + (["paused"] if batch.paused else []) + stopped)

@@ -10,9 +10,23 @@ import typer
 if TYPE_CHECKING:
     from farm.client import Farm
 
+
+def _folder(text: str | Path) -> Path:
+    # An empty text is a variable that somebody forgot to set; as a path it would be the folder we are in.
+    if not str(text).strip():
+        raise typer.BadParameter("is empty; name a folder, such as .farm")
+    return Path(text)
+
+
 DataDir = Annotated[
     Path,
-    typer.Option("--data-dir", envvar="FARM_DATA_DIR", help="Where the farm of this machine lives.", metavar="DIR"),
+    typer.Option(
+        "--data-dir",
+        envvar="FARM_DATA_DIR",
+        help="Where the farm of this machine lives.",
+        metavar="DIR",
+        parser=_folder,
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="For scripts: one JSON object a line on standard output.")]
 Labels = Annotated[

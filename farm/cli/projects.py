@@ -8,7 +8,7 @@ import typer
 from farm.cli.display import json_line, table
 from farm.cli.options import DATA_DIR, AsJson, DataDir, connect
 from farm.errors import NotFound
-from farm.views import ProjectView
+from farm.views_tenants import ProjectView
 
 projects = typer.Typer(help="Projects and their limits. Needs a key with the scope admin.", no_args_is_help=True)
 
@@ -25,13 +25,14 @@ def list_projects(data_dir: DataDir = DATA_DIR, as_json: AsJson = False) -> None
             json_line(project)
         return
     table(
-        ("NAME", "#QUEUED", "#RUNNING", "#PIXEL STEPS TODAY", "#REQUESTS/S", "ID"),
+        ("NAME", "#QUEUED", "#RUNNING", "#PIXEL STEPS TODAY", "#UPLOAD BYTES", "#REQUESTS/S", "ID"),
         (
             (
                 project.name,
                 _of(project.use.queued_jobs, project.limits.queued_jobs),
                 _of(project.use.running_jobs, project.limits.running_jobs),
                 _of(project.use.pixel_steps_today, project.limits.pixel_steps_per_day),
+                _of(project.use.upload_bytes, project.limits.upload_bytes),
                 project.limits.requests_per_second,
                 project.id,
             )
@@ -48,6 +49,7 @@ def limit(
     running_jobs: Limit = None,
     pixel_steps_per_day: Limit = None,
     requests_per_second: Limit = None,
+    upload_bytes: Limit = None,
     data_dir: DataDir = DATA_DIR,
     as_json: AsJson = False,
 ) -> None:
@@ -57,6 +59,7 @@ def limit(
         "running_jobs": running_jobs,
         "pixel_steps_per_day": pixel_steps_per_day,
         "requests_per_second": requests_per_second,
+        "upload_bytes": upload_bytes,
     }
     wanted = {key: _number(key, text) for key, text in given.items() if text is not None}
     with connect(data_dir) as farm:

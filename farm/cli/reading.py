@@ -26,6 +26,7 @@ class Submission:
     name: str = ""
     defaults: Row = field(default_factory=dict)
     unit: Literal["line", "job"] = "line"
+    stop_at_failed_share: float | None = None
     places: "array[int]" = field(default_factory=lambda: array("q"))
     """The line of each row sent so far: eight bytes a row, so a million rows cost little."""
 
@@ -111,12 +112,13 @@ def _document(body: bytes) -> Submission:
         document = orjson.loads(body.removeprefix(b"\xef\xbb\xbf"))
     except orjson.JSONDecodeError as error:
         raise InvalidRequest("the file is not JSON", problems=[mistake(error.lineno, "", str(error))]) from error
-    name, defaults, jobs = "", {}, document
+    name, defaults, jobs, share = "", {}, document, None
     if isinstance(document, dict):
         jobs = [document]
         if "jobs" in document:
             _check_batch(document)
             name, jobs = document.get("name", ""), document["jobs"]
+            share = document.get("stop_at_failed_share")
             defaults = {**document.get("defaults", {}), **_if("labels", document.get("labels"))}
     if not isinstance(jobs, list):
         raise InvalidRequest("a JSON file holds a job, a list of jobs or a batch", problems=[])
@@ -124,13 +126,14 @@ def _document(body: bytes) -> Submission:
     rows = [row for n, job in enumerate(jobs, 1) if (row := _row(job, f"job {n}", problems)) is not None]
     if problems:
         raise InvalidRequest("the file holds jobs that are none", problems=problems)
-    return Submission(rows, name, defaults, "job", array("q", range(1, len(rows) + 1)))
+    return Submission(rows, name, defaults, "job", share, array("q", range(1, len(rows) + 1)))
 
 
-BATCH: dict[str, tuple[type, str]] = {
+BATCH: dict[str, tuple[Any, str]] = {
     "name": (str, "must be a text"),
     "labels": (dict, "must be an object"),
     "defaults": (dict, "must be an object with fields of a job"),
+    "stop_at_failed_share": (float | int, "must be a number above 0 and at most 1"),
     "jobs": (list, "must be a list"),
 }
 """What a batch in a JSON file may hold."""

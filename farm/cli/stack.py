@@ -142,6 +142,24 @@ def _show_work(lanes: "list[LaneView]", workers: "list[WorkerView]") -> None:
             "",
         )
 
+    resting = [(worker, rest) for worker in workers for rest in worker.resting]
+    if resting:
+        table(
+            ("WORKER", "RESTS FROM", "LANE", "#FAILED IN A ROW", "LAST BY", "#FOR"),
+            (
+                (
+                    str(worker.id)[-12:],
+                    rest.checkpoint,
+                    rest.hash[:12] if rest.of == "lane" else "all",
+                    rest.failures,
+                    rest.code,
+                    seconds(rest.seconds),
+                )
+                for worker, rest in resting
+            ),
+            "",
+        )
+
 
 def _cache(worker: str, cache: dict[str, Any]) -> tuple[object, ...]:
     """How well a worker's cache serves, in one row."""

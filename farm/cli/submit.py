@@ -22,6 +22,14 @@ def submit(
     kind: Annotated[
         Format | None, typer.Option("--format", help="What FILE is, if its name does not say.", show_default=False)
     ] = None,
+    stop_at_failed_share: Annotated[
+        float | None,
+        typer.Option(
+            help="Stop once this share (0.2 is a fifth) of the jobs that succeeded or failed have failed: "
+            "what is queued is cancelled, what runs finishes.",
+            show_default=False,
+        ),
+    ] = None,
     idempotency_key: Annotated[
         str | None, typer.Option(help="The same key submits the same file once only.", show_default=False)
     ] = None,
@@ -37,6 +45,7 @@ def submit(
     submission = read(file, kind)
     defaults = _defaults(submission, labels_of(label), priority)
     title = submission.name if name is None else name
+    share = submission.stop_at_failed_share if stop_at_failed_share is None else stop_at_failed_share
     with connect(data_dir) as farm:
         try:
             if dry_run:
@@ -46,7 +55,11 @@ def submit(
                 return
             with waiting("submitting"):
                 batch = farm.submit_many(
-                    submission.rows, name=title, defaults=defaults, idempotency_key=idempotency_key
+                    submission.rows,
+                    name=title,
+                    defaults=defaults,
+                    idempotency_key=idempotency_key,
+                    stop_at_failed_share=share,
                 )
         except InvalidRequest as error:
             raise submission.placed(error) from error

@@ -6,14 +6,14 @@ import typer
 
 from farm.cli.display import ago, json_line, table
 from farm.cli.options import DATA_DIR, AsJson, DataDir, connect
-from farm.views import WebhookView
+from farm.views_tenants import WebhookView
 
 webhooks = typer.Typer(help="Addresses that are told what happens.", no_args_is_help=True)
 
 Which = Annotated[str, typer.Argument(help="The webhook's id, as `farm webhooks list` shows it.", metavar="ID")]
 Events = Annotated[
     list[str] | None,
-    typer.Option("--event", help="batch.finished, batch.failed_share or job.failed; may be repeated."),
+    typer.Option("--event", help="batch.finished, batch.failed_share, batch.stopped or job.failed; may be repeated."),
 ]
 Share = Annotated[
     float | None, typer.Option(help="Share of a batch's jobs, above 0 and at most 1.", show_default=False)

@@ -103,12 +103,13 @@ class AsyncFarm:
         name: str = "",
         defaults: Mapping[str, Any] | None = None,
         idempotency_key: str | None = None,
+        stop_at_failed_share: float | None = None,
     ) -> BatchView:
-        call = calls.submit_many(rows, name, defaults or {}, idempotency_key, dry_run=False)
+        call = calls.submit_many(rows, name, defaults or {}, idempotency_key, stop_at_failed_share, dry_run=False)
         return calls.accepted(await self._request(call))
 
     async def dry_run(self, rows: AsyncRows, *, name: str = "", defaults: Mapping[str, Any] | None = None) -> DryRun:
-        return calls.rehearsed(await self._request(calls.submit_many(rows, name, defaults or {}, None, dry_run=True)))
+        return calls.rehearsed(await self._request(calls.submit_many(rows, name, defaults or {}, dry_run=True)))
 
     # Reading
 

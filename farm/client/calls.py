@@ -134,11 +134,19 @@ def submit(prompt: Row, count: int | None, key: str | None, fields: Mapping[str,
 
 
 def submit_many(
-    rows: AsyncRows, name: str, defaults: Mapping[str, Any], key: str | None, *, dry_run: bool
+    rows: AsyncRows,
+    name: str,
+    defaults: Mapping[str, Any],
+    key: str | None = None,
+    stop_at_failed_share: float | None = None,
+    *,
+    dry_run: bool,
 ) -> Call[BatchView | DryRun]:
     """Defaults travel as query parameters, structured ones (labels, adapters) as JSON."""
     params = [("name", name)] if name else []
     params += [(name, value if isinstance(value, str) else _compact(value)) for name, value in defaults.items()]
+    if stop_at_failed_share is not None:
+        params.append(("stop_at_failed_share", str(stop_at_failed_share)))
     if dry_run:
         params.append(("dry_run", "true"))
     # A generator can be walked once; a list, or an object that makes a fresh iterator each time, can be sent again.

@@ -6,7 +6,7 @@ from typing import Any
 import orjson
 
 from farm.client.calls import API, JSON, Call, Id, items, segment, view
-from farm.views import ProjectView
+from farm.views_tenants import ProjectView
 
 PROJECT: Callable[[bytes], ProjectView] = view(ProjectView)
 
@@ -40,9 +40,8 @@ class Projects:
         return found
 
     def limit(self, project: Id, **limits: int | None) -> ProjectView:
-        """Set `queued_jobs`, `running_jobs`, `pixel_steps_per_day` or `requests_per_second`; None takes one away.
-
-        Needs the scope `admin`."""
+        """Set `queued_jobs`, `running_jobs`, `pixel_steps_per_day`, `requests_per_second` or `upload_bytes`; None takes
+        one away. Needs the scope `admin`."""
         changed: ProjectView = self._send(change(project, limits))
         return changed
 

@@ -102,18 +102,20 @@ class Farm:
         name: str = "",
         defaults: Mapping[str, Any] | None = None,
         idempotency_key: str | None = None,
+        stop_at_failed_share: float | None = None,
     ) -> BatchView:
         """Submit a batch: prompts or mappings, read and sent as they come, all accepted or none.
 
         A key is made up unless one is given. Lists are sent again after a failure; a generator can be read only once,
-        so give a key of your own to be able to repeat that by hand.
+        so give a key of your own to be able to repeat that by hand. `stop_at_failed_share` (above 0, at most 1): once
+        that share of the jobs that ended by themselves failed, the batch stops itself.
         """
-        call = calls.submit_many(rows, name, defaults or {}, idempotency_key, dry_run=False)
+        call = calls.submit_many(rows, name, defaults or {}, idempotency_key, stop_at_failed_share, dry_run=False)
         return calls.accepted(self._request(call))
 
     def dry_run(self, rows: Rows, *, name: str = "", defaults: Mapping[str, Any] | None = None) -> DryRun:
         """What `submit_many` would do: how many jobs in how many lanes. Nothing is stored."""
-        return calls.rehearsed(self._request(calls.submit_many(rows, name, defaults or {}, None, dry_run=True)))
+        return calls.rehearsed(self._request(calls.submit_many(rows, name, defaults or {}, dry_run=True)))
 
     # Reading
 

@@ -6,7 +6,7 @@ from typing import Any
 import orjson
 
 from farm.client.calls import API, JSON, Call, Id, items, nothing, segment, view
-from farm.views import DeliveryView, WebhookView
+from farm.views_tenants import DeliveryView, WebhookView
 
 PATH = f"{API}/webhooks"
 WEBHOOK: Callable[[bytes], WebhookView] = view(WebhookView)

@@ -10,7 +10,7 @@ from farm import limits
 from farm.errors import Conflict, InvalidRequest, NotFound
 from farm.jobs.reading import get_batch, get_job
 from farm.queries import changing as rows
-from farm.queries import claiming
+from farm.queries import claiming, stopping
 from farm.states import JobState
 from farm.views import BatchView, JobView
 
@@ -99,6 +99,8 @@ def retry_batch(conn: Connection, project_id: UUID, batch_id: UUID) -> BatchView
     Raises NotFound, Conflict while the batch is still being cancelled, LimitReached where so many may not be queued.
     """
     get_batch(conn, project_id, batch_id)
+    # Whoever would stop it meanwhile judges it by the failures from before.
+    stopping.hold(conn, batch_id)
     if rows.is_cancelling(conn, batch_id):
         raise Conflict("the batch is still being cancelled; try again in a moment")
     left = TURNED_AT_ONCE
@@ -115,6 +117,7 @@ def retry_batch(conn: Connection, project_id: UUID, batch_id: UUID) -> BatchView
     if later:
         rows.flag_retrying(conn, later, retrying=True)
     limits.hold(conn, project_id, coming=coming, asked=asked)
+    stopping.forget(conn, batch_id)
     return get_batch(conn, project_id, batch_id)
 
 

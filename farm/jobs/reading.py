@@ -128,9 +128,13 @@ def workers(conn: Connection) -> list[WorkerView]:
         WorkerView(
             **{
                 **row,
+                "name": row["place"],
                 "state": "lost" if row["lost"] else row["state"],
                 "warm": [_warm_view(pipeline, names) for pipeline in row["warm"]],
                 "cache": _cache_view(row["cache"], names),
+                "resting": [
+                    {**one, "checkpoint": names.get(one["checkpoint"], one["checkpoint"])} for one in row["resting"]
+                ],
             }
         )
         for row in worker_rows.present(conn, LOST_AFTER)
@@ -224,8 +228,9 @@ def batch_view(row: RowMapping) -> BatchView:
     left = counts.queued + counts.running
     eta = 0.0 if left == 0 else (left / rate if rate > 0 and not row["paused"] else None)
     same = ("id", "name", "total", "priority", "paused", "labels", "warnings", "created_at")
+    stop = ("stop_at_failed_share", "stop_reason")
     return BatchView(
-        **{name: row[name] for name in same},
+        **{name: row[name] for name in (*same, *stop)},
         counts=counts,
         images_per_second=round(rate, 3),
         eta_seconds=None if eta is None else round(eta, 1),

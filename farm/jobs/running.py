@@ -14,7 +14,7 @@ from farm.backoff import backoff
 from farm.errors import Unavailable
 from farm.jobs.taking import Place, take_any, take_one_set
 from farm.objects import attempt_prefix
-from farm.queries import claiming, finishing
+from farm.queries import claiming, finishing, suspects, workers
 from farm.recipe import Recipe
 from farm.scheduling import Candidate, Policy, Warm
 from farm.settings import Settings
@@ -133,14 +133,19 @@ def claim(
     now = now or claiming.database_now(conn)
     room = limits.room(conn)
     full = [project for project, left in room.items() if left <= 0]
-    rows = claiming.candidates(conn, pool=pool, worker=worker, warm=warm, full=full, random=random, now=now)
+    left = (
+        workers.left_to_others(conn, worker=worker, pool=pool, hashes=warm.resting, lease=settings.lease)
+        if warm.resting
+        else ()
+    )
+    rows = claiming.candidates(conn, pool=pool, worker=worker, warm=warm, full=full, left=left, random=random, now=now)
     by_segment = {row["segment"]: row for row in rows}
     policy = Policy(settings.affinity_bound, limit, workers=max(1, rows[0]["workers"]) if rows else 1)
     ranked = scheduling.rank(
         [_candidate(row) for row in rows], warm, policy, now, worker=worker, chance=random.random()
     )
     for choice in scheduling.few(ranked, warm):
-        place = Place(pool, choice.lane, limit, now, full)
+        place = Place(pool, choice.lane, limit, now, suspects.asked(worker, settings), full)
         if warm.mixes_in(choice.lane):
             taken, short = take_any(conn, by_segment[choice.segment], place)
         else:

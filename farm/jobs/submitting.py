@@ -40,6 +40,7 @@ def submit(conn: Connection, prepared: Prepared, *, project_id: UUID, pool: str)
         warnings=prepared.warning_texts()[:100],
         total=prepared.jobs,
         priority=prepared.priority,
+        stop_at_failed_share=prepared.stop_at_failed_share,
     )
     rows.insert_segments(
         conn, batch=prepared.batch_id, project=project_id, pool=pool, segments=list(prepared.segments.values())

@@ -1,8 +1,9 @@
 """Locking the jobs of one micro-batch: a few index probes, whatever lies in the queue."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 from uuid import UUID
 
 from sqlalchemy import Connection, RowMapping
@@ -15,12 +16,13 @@ Taken = tuple[list[UUID], list[UUID]]
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where to take from, how many at most, and of which projects nothing."""
+    """Where to take from, how many at most, for whom (`suspects.asked`), and of which projects nothing."""
 
     pool: str
     lane: str
     limit: int
     now: datetime
+    asked: Mapping[str, Any]
     full: Collection[UUID] = ()
 
 
@@ -30,10 +32,10 @@ def take_one_set(conn: Connection, lead: RowMapping, place: Place, prefer: str |
     short: list[UUID] = []
     limit, now = place.limit, place.now
     adapter_set = prefer
-    rows = claiming.take(conn, lead, adapter_set=adapter_set, limit=limit, now=now)
+    rows = claiming.take(conn, lead, adapter_set=adapter_set, limit=limit, now=now, asked=place.asked)
     if not rows and adapter_set is not None:
         adapter_set = None
-        rows = claiming.take(conn, lead, adapter_set=None, limit=limit, now=now)
+        rows = claiming.take(conn, lead, adapter_set=None, limit=limit, now=now, asked=place.asked)
     if rows and rows[0]["alone"]:
         return [rows[0]["id"]], []
     if not rows:
@@ -43,11 +45,11 @@ def take_one_set(conn: Connection, lead: RowMapping, place: Place, prefer: str |
     if len(rows) < limit:
         short.append(lead["segment"])
     elif len(taken) < limit:
-        more = claiming.take(conn, lead, adapter_set=chosen, limit=limit, now=now)
+        more = claiming.take(conn, lead, adapter_set=chosen, limit=limit, now=now, asked=place.asked)
         taken.update((row["id"], None) for row in more)
     for other in _others(conn, lead, place, chosen, limit - len(taken)):
         missing = limit - len(taken)
-        found = claiming.take(conn, other, adapter_set=chosen, limit=missing, now=now)
+        found = claiming.take(conn, other, adapter_set=chosen, limit=missing, now=now, asked=place.asked)
         taken.update((row["id"], None) for row in found)
         if len(found) < missing:
             short.append(other["segment"])
@@ -58,7 +60,7 @@ def take_one_set(conn: Connection, lead: RowMapping, place: Place, prefer: str |
 
 def take_any(conn: Connection, lead: RowMapping, place: Place) -> Taken:
     """Jobs of any adapter sets in the order of the queue, first from the lead segment."""
-    rows = claiming.take(conn, lead, adapter_set=None, limit=place.limit, now=place.now)
+    rows = claiming.take(conn, lead, adapter_set=None, limit=place.limit, now=place.now, asked=place.asked)
     if rows and rows[0]["alone"]:
         return [rows[0]["id"]], []
     taken = [row["id"] for row in rows if not row["alone"]]
@@ -67,7 +69,7 @@ def take_any(conn: Connection, lead: RowMapping, place: Place) -> Taken:
         return [], short
     for other in _others(conn, lead, place, None, place.limit - len(taken)):
         missing = place.limit - len(taken)
-        found = claiming.take(conn, other, adapter_set=None, limit=missing, now=place.now)
+        found = claiming.take(conn, other, adapter_set=None, limit=missing, now=place.now, asked=place.asked)
         taken += [row["id"] for row in found if not row["alone"]]
         if len(found) < missing:
             short.append(other["segment"])

@@ -14,8 +14,12 @@ _LOCK = text("""
 
 _CANCEL_QUEUED = text("""
     WITH moved AS (
-        UPDATE jobs SET state = 'cancelled', finished_at = clock_timestamp(), finished_xid = pg_current_xact_id()
-        WHERE id = ANY(:ids) AND CASE state WHEN 'queued' THEN true END RETURNING segment_id, batch_id, project_id
+        UPDATE jobs SET state = 'cancelled', finished_at = clock_timestamp(), finished_xid = pg_current_xact_id(),
+            error_code = CASE WHEN s.stopping THEN 'batch-stopped' ELSE error_code END,
+            error_message = CASE WHEN s.stopping THEN b.stop_reason ELSE error_message END
+        FROM segments s JOIN batches b ON b.id = s.batch_id
+        WHERE jobs.id = ANY(:ids) AND s.id = jobs.segment_id AND CASE state WHEN 'queued' THEN true END
+        RETURNING jobs.segment_id, jobs.batch_id, jobs.project_id
     ), counted AS (
         INSERT INTO counter_deltas (segment_id, batch_id, project_id, queued, cancelled)
         SELECT segment_id, batch_id, project_id, -count(*), count(*) FROM moved GROUP BY 1, 2, 3
@@ -49,7 +53,7 @@ _QUEUED_OF = text("""
 
 # Cancelling ends when nothing is left to turn: no queued job (locked ones count) and none running.
 _CANCELLING_DONE = text("""
-    UPDATE segments s SET cancelling = false, head_run_at = NULL, head_id = NULL
+    UPDATE segments s SET cancelling = false, stopping = false, head_run_at = NULL, head_id = NULL
     WHERE s.id = :segment AND s.cancelling
       AND NOT EXISTS (SELECT 1 FROM jobs WHERE segment_id = s.id AND state = 'queued')
       AND NOT EXISTS (SELECT 1 FROM jobs WHERE segment_id = s.id AND state = 'running')
@@ -122,7 +126,9 @@ def queued_of(conn: Connection, segment: UUID, limit: int) -> list[UUID]:
 
 def flag_cancelling(conn: Connection, batch: UUID) -> list[UUID]:
     """Cancel a batch: from now on none of its queued jobs is claimable. Answers its segments with queued jobs."""
-    statement = text("UPDATE segments SET cancelling = true, retrying = false WHERE batch_id = :batch RETURNING id")
+    statement = text("""
+        UPDATE segments SET cancelling = true, stopping = false, retrying = false WHERE batch_id = :batch RETURNING id
+    """)
     return list(conn.execute(statement, {"batch": batch}).scalars())
 
 
@@ -168,8 +174,9 @@ def set_paused(conn: Connection, batch: UUID, paused: bool) -> None:
 def set_priority(conn: Connection, batch: UUID, priority: int) -> None:
     """One priority for a batch and all its segments."""
     parameters = {"batch": batch, "priority": priority}
-    conn.execute(text("UPDATE batches SET priority = :priority WHERE id = :batch"), parameters)
+    # Segments before batches, as everybody does.
     conn.execute(text("UPDATE segments SET priority = :priority WHERE batch_id = :batch"), parameters)
+    conn.execute(text("UPDATE batches SET priority = :priority WHERE id = :batch"), parameters)
 
 
 def delete_jobs(conn: Connection, ids: Collection[UUID], keep: timedelta) -> None:

@@ -1,6 +1,6 @@
 """Finding work and taking it."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timedelta
 from random import Random
 from typing import Any
@@ -8,6 +8,7 @@ from uuid import UUID
 
 from sqlalchemy import Connection, RowMapping, text
 
+from farm.queries.suspects import LEFT_TO_OTHERS
 from farm.scheduling import FAIR_SHARE_HALF_LIFE, Warm
 
 LEVEL_WIDTH = 8
@@ -33,6 +34,9 @@ _HALF_LIFE = FAIR_SHARE_HALF_LIFE.total_seconds()
 _READY = "head_run_at IS NOT NULL AND NOT paused AND NOT cancelling AND project_id <> ALL(:full)"
 """`full` are projects that may start nothing now: their segments must not stand in front of others."""
 
+_WANTED = f"{_READY} AND lane <> ALL(:left) AND checkpoint <> ALL(:left)"
+"""`left` are lanes and checkpoints that are left to other workers: likewise."""
+
 # LIMIT 1 where a key is unique keeps the planner from reading a whole table for a join.
 # A few index probes for each level, project and warm lane, whatever is queued: all by the partial indexes
 # ix_segments_ready, ix_segments_project, ix_segments_set and ix_segments_lane.
@@ -40,9 +44,9 @@ _READY = "head_run_at IS NOT NULL AND NOT paused AND NOT cancelling AND project_
 # What other workers hold matters only where this one would have to load.
 _CANDIDATES = text(f"""
     WITH RECURSIVE levels(priority) AS (
-        (SELECT priority FROM segments WHERE pool = :pool AND {_READY} ORDER BY priority DESC LIMIT 1)
+        (SELECT priority FROM segments WHERE pool = :pool AND {_WANTED} ORDER BY priority DESC LIMIT 1)
         UNION ALL
-        SELECT (SELECT s.priority FROM segments s WHERE s.pool = :pool AND {_READY} AND s.priority < levels.priority
+        SELECT (SELECT s.priority FROM segments s WHERE s.pool = :pool AND {_WANTED} AND s.priority < levels.priority
                 ORDER BY s.priority DESC LIMIT 1)
         FROM levels WHERE levels.priority IS NOT NULL
     ), tenants(priority, project_id, id, upto, n) AS (
@@ -53,7 +57,7 @@ _CANDIDATES = text(f"""
         UNION ALL
         SELECT t.priority, s.project_id, s.id, t.upto, t.n + 1
         FROM tenants t CROSS JOIN LATERAL (
-            SELECT project_id, id FROM segments WHERE pool = :pool AND {_READY} AND priority = t.priority
+            SELECT project_id, id FROM segments WHERE pool = :pool AND {_WANTED} AND priority = t.priority
             AND project_id > t.project_id AND project_id <= t.upto
             ORDER BY project_id, head_run_at, id LIMIT 1) s
         WHERE t.n < :projects
@@ -61,11 +65,11 @@ _CANDIDATES = text(f"""
         SELECT id FROM tenants WHERE n > 0 ORDER BY upto DESC, n LIMIT :projects
     ), found AS (
         SELECT s.* FROM levels CROSS JOIN LATERAL (
-            SELECT * FROM segments WHERE pool = :pool AND {_READY} AND priority = levels.priority
+            SELECT * FROM segments WHERE pool = :pool AND {_WANTED} AND priority = levels.priority
             AND head_run_at <= :now ORDER BY head_run_at, id LIMIT :width) s
         UNION
         SELECT s.* FROM levels CROSS JOIN LATERAL (
-            SELECT * FROM segments WHERE pool = :pool AND {_READY} AND priority = levels.priority
+            SELECT * FROM segments WHERE pool = :pool AND {_WANTED} AND priority = levels.priority
             AND head_run_at <= :now ORDER BY head_run_at, id LIMIT :further_width OFFSET :further) s
         UNION
         SELECT s.* FROM seen CROSS JOIN LATERAL (
@@ -73,12 +77,12 @@ _CANDIDATES = text(f"""
         UNION
         SELECT s.* FROM unnest(CAST(:lanes AS text[]), CAST(:sets AS text[])) warm(lane, adapter_set)
         CROSS JOIN LATERAL (
-            SELECT * FROM segments WHERE pool = :pool AND {_READY} AND segments.lane = warm.lane
+            SELECT * FROM segments WHERE pool = :pool AND {_WANTED} AND segments.lane = warm.lane
             AND segments.adapter_set = warm.adapter_set AND head_run_at <= :now
             ORDER BY priority DESC, head_run_at LIMIT :warm_width) s
         UNION
         SELECT s.* FROM unnest(CAST(:lanes AS text[])) warm(lane) CROSS JOIN LATERAL (
-            SELECT * FROM segments WHERE pool = :pool AND {_READY} AND segments.lane = warm.lane
+            SELECT * FROM segments WHERE pool = :pool AND {_WANTED} AND segments.lane = warm.lane
             AND head_run_at <= :now ORDER BY priority DESC, head_run_at LIMIT :warm_width) s
     ), peers AS (
         SELECT id, warm FROM workers
@@ -121,9 +125,10 @@ _LANE_SET = text(f"""
 """)
 
 # Walks ix_jobs_queue from the segment's head; measured in benchmarks/queue_cost.py.
-_TAKE = text("""
+_TAKE = text(f"""
     SELECT id, adapter_set, alone FROM jobs
     WHERE segment_id = :segment AND state = 'queued' AND run_at <= :now AND (run_at, id) >= (:head_run_at, :head_id)
+      AND (NOT alone OR crashes = 0 OR NOT {LEFT_TO_OTHERS})
     ORDER BY run_at, id LIMIT :limit FOR UPDATE SKIP LOCKED
 """)
 
@@ -192,7 +197,8 @@ _RENEW = text("""
 _CANCELLED = text("""
     SELECT j.id FROM attempts a JOIN jobs j ON j.id = a.job_id AND j.attempt = a.number
     JOIN segments s ON s.id = j.segment_id
-    WHERE a.claim_id = ANY(:claims) AND a.outcome IS NULL AND (j.cancel_requested_at IS NOT NULL OR s.cancelling)
+    WHERE a.claim_id = ANY(:claims) AND a.outcome IS NULL
+      AND (j.cancel_requested_at IS NOT NULL OR s.cancelling AND NOT s.stopping)
 """)
 
 
@@ -203,10 +209,19 @@ def database_now(conn: Connection) -> datetime:
 
 
 def candidates(
-    conn: Connection, *, pool: str, worker: UUID, warm: Warm, full: Collection[UUID], random: Random, now: datetime
+    conn: Connection,
+    *,
+    pool: str,
+    worker: UUID,
+    warm: Warm,
+    full: Collection[UUID],
+    random: Random,
+    now: datetime,
+    left: Collection[str] = (),
 ) -> Sequence[RowMapping]:
     """Segments worth a look: the oldest of each priority level, some further on, one of each project, and those of
-    the worker's warm lanes. `random` says where to look further."""
+    the worker's warm lanes; none of the projects `full` and of the lanes and checkpoints `left` to others. `random`
+    says where to look further."""
     parameters = {
         "pool": pool,
         "worker": worker,
@@ -214,6 +229,7 @@ def candidates(
         "sets": list(warm.lanes.values()),
         "checkpoints": list(warm.checkpoints),
         "full": list(full),
+        "left": list(left),
         "now": now,
         "start": UUID(int=random.getrandbits(128)),
         "further": random.randrange(FURTHER),
@@ -246,8 +262,11 @@ def lane_segments(
     return conn.execute(_LANE_SET, {**parameters, "adapter_set": adapter_set}).mappings().all()
 
 
-def take(conn: Connection, segment: Any, *, adapter_set: str | None, limit: int, now: datetime) -> Sequence[RowMapping]:
-    """Lock up to `limit` queued jobs of a segment in order, of one adapter set or of any; skips locked ones."""
+def take(
+    conn: Connection, segment: Any, *, adapter_set: str | None, limit: int, now: datetime, asked: Mapping[str, Any]
+) -> Sequence[RowMapping]:
+    """Lock up to `limit` queued jobs of a segment in order, of one adapter set or of any; skips locked ones, and those
+    that are left to other workers than the one of `asked` (see `suspects.asked`)."""
     parameters = {
         "segment": segment["segment"],
         "head_run_at": segment["head_run_at"],
@@ -256,7 +275,7 @@ def take(conn: Connection, segment: Any, *, adapter_set: str | None, limit: int,
         "now": now,
     }
     if adapter_set is None:
-        return conn.execute(_TAKE, parameters).mappings().all()
+        return conn.execute(_TAKE, {**parameters, **asked}).mappings().all()
     return conn.execute(_TAKE_SET, {**parameters, "adapter_set": adapter_set}).mappings().all()
 
 

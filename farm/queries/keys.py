@@ -21,7 +21,8 @@ _INSERT = text("""
 
 _LIVE = text("""
     SELECT k.id, k.digest, k.scopes, k.project_id, p.name AS project,
-           p.max_requests_per_second AS requests_per_second
+           p.max_requests_per_second AS requests_per_second,
+           extract(epoch FROM k.expires_at - clock_timestamp()) AS seconds_left
     FROM api_keys k JOIN projects p ON p.id = k.project_id
     WHERE k.prefix = :prefix AND k.revoked_at IS NULL
       AND (k.expires_at IS NULL OR k.expires_at > clock_timestamp())

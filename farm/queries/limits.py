@@ -11,11 +11,12 @@ from uuid import UUID
 
 from sqlalchemy import Connection, RowMapping, text
 
-NAMES = ("queued_jobs", "running_jobs", "pixel_steps_per_day", "requests_per_second")
+NAMES = ("queued_jobs", "running_jobs", "pixel_steps_per_day", "requests_per_second", "upload_bytes")
 
 _USE = """
     SELECT p.id, p.name, p.created_at, p.max_queued_jobs AS queued_jobs, p.max_running_jobs AS running_jobs,
            p.max_pixel_steps_per_day AS pixel_steps_per_day, p.max_requests_per_second AS requests_per_second,
+           p.max_upload_bytes AS upload_bytes,
            p.queued + d.queued AS queued, p.running + d.running AS running,
            CASE WHEN p.spent_on = (clock_timestamp() AT TIME ZONE 'UTC')::date THEN p.spent_pixel_steps ELSE 0 END
                AS pixel_steps,
@@ -24,6 +25,17 @@ _USE = """
         SELECT coalesce(sum(queued), 0) AS queued, coalesce(sum(running), 0) AS running
         FROM counter_deltas WHERE project_id = p.id) d
 """
+
+# With what only people look at.
+_SHOWN = f"""
+    SELECT u.*, coalesce((SELECT sum(bytes) FROM uploads WHERE project_id = u.id), 0) AS uploaded FROM ({_USE}) u
+"""
+
+_UPLOADED = text("""
+    SELECT p.max_upload_bytes AS most, coalesce(sum(u.bytes), 0) AS used, clock_timestamp() AS now
+    FROM projects p LEFT JOIN uploads u ON u.project_id = p.id
+    WHERE p.id = :project AND p.max_upload_bytes IS NOT NULL GROUP BY p.id
+""")
 
 _LIMITED = text("""
     SELECT max_queued_jobs IS NOT NULL OR max_pixel_steps_per_day IS NOT NULL FROM projects WHERE id = :project
@@ -78,9 +90,19 @@ def use(conn: Connection, project: UUID) -> RowMapping | None:
     return conn.execute(text(f"{_USE} WHERE p.id = :project"), {"project": project}).mappings().one_or_none()
 
 
+def shown(conn: Connection, project: UUID) -> RowMapping | None:
+    """The same, with the bytes of its uploads (`uploaded`)."""
+    return conn.execute(text(f"{_SHOWN} WHERE u.id = :project"), {"project": project}).mappings().one_or_none()
+
+
 def every(conn: Connection) -> Sequence[RowMapping]:
-    """All projects with their limits and use."""
-    return conn.execute(text(f"{_USE} ORDER BY p.name")).mappings().all()
+    """All projects with their limits and use, as `shown`."""
+    return conn.execute(text(f"{_SHOWN} ORDER BY u.name")).mappings().all()
+
+
+def uploaded(conn: Connection, project: UUID) -> RowMapping | None:
+    """The most bytes that a project may keep as uploads, and how many it keeps; None where there is no such limit."""
+    return conn.execute(_UPLOADED, {"project": project}).mappings().one_or_none()
 
 
 def spend(conn: Connection, project: UUID, *, pixel_steps: int, now: Any) -> None:

@@ -34,7 +34,8 @@ _COUNTS = f"""
 """
 
 _BATCH = f"""
-    SELECT b.id, b.name, b.total, b.priority, b.labels, b.warnings, b.created_at, c.*,
+    SELECT b.id, b.name, b.total, b.priority, b.labels, b.warnings, b.stop_at_failed_share, b.stop_reason,
+           b.created_at, c.*,
            EXISTS (SELECT 1 FROM segments s WHERE s.batch_id = b.id AND s.paused) AS paused,
            coalesce((SELECT sum(r.succeeded) FROM rates r WHERE r.batch_id = b.id
                      AND r.slot > clock_timestamp() - interval '70 seconds'), 0)

@@ -18,8 +18,8 @@ JOBS = "COPY jobs (id, segment_id, batch_id, project_id, number, state, adapter_
 RECIPES = "COPY recipes (job_id, hash, body, names, labels, warnings, metadata_wanted) FROM STDIN"
 
 _BATCH = text("""
-    INSERT INTO batches (id, project_id, name, labels, warnings, total, priority)
-    VALUES (:id, :project_id, :name, :labels, :warnings, :total, :priority)
+    INSERT INTO batches (id, project_id, name, labels, warnings, total, priority, stop_at_failed_share)
+    VALUES (:id, :project_id, :name, :labels, :warnings, :total, :priority, :stop_at_failed_share)
 """).bindparams(bindparam("labels", type_=JSONB))
 
 _SEGMENTS = text("""
@@ -49,7 +49,7 @@ _MORE_TIME = text("""
 
 
 def insert_batch(conn: Connection, **batch: Any) -> None:
-    """The batch's row: id, project_id, name, labels, warnings, total, priority."""
+    """The batch's row: id, project_id, name, labels, warnings, total, priority, stop_at_failed_share."""
     conn.execute(_BATCH, batch)
 
 

@@ -53,9 +53,9 @@ _JOBS_TO_TELL = text("""
 """)
 
 _BATCHES_TO_TELL = text("""
-    SELECT w.id AS webhook, w.events, w.failed_share, b.id, b.name, b.labels, b.total, c.*
+    SELECT w.id AS webhook, w.events, w.failed_share, b.id, b.name, b.labels, b.total, b.stop_reason, c.*
     FROM batches b JOIN webhooks w ON w.project_id = b.project_id AND w.disabled_at IS NULL
-        AND w.events && ARRAY['batch.finished', 'batch.failed_share']
+        AND w.events && ARRAY['batch.finished', 'batch.failed_share', 'batch.stopped']
     CROSS JOIN LATERAL (
         SELECT sum(queued) AS queued, sum(running) AS running, sum(succeeded) AS succeeded, sum(failed) AS failed,
                sum(cancelled) AS cancelled FROM counters WHERE batch_id = b.id) c

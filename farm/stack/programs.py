@@ -81,7 +81,8 @@ def worker(
         name,
         (WORKER,),
         environment({**variables, "FARM_DEVICE": device, "FARM_WORKER_ID": str(worker_id)}),
-        address=device,
+        # It listens nowhere. What tells several apart is their device, once it is known which.
+        address="-" if device == "auto" else device,
         healthy=ready,
         answers=heard,
         patience=settings.limit_load.total_seconds(),

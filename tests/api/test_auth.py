@@ -178,6 +178,23 @@ def test_lookups_are_remembered_for_seconds_only(api: Api, shared: Api) -> None:
     assert asked.remembered("farm_unknown") is None
 
 
+def test_a_lookup_is_not_remembered_past_the_end_of_the_key(api: Api) -> None:
+    now = [0.0]
+    asked = Authenticator(api.database, clock=lambda: now[0])
+    key = api.new_key(expires_at=datetime.now(UTC) + timedelta(seconds=2))
+    left = asked.look_up(key).seconds_left
+    assert left is not None
+    assert 0 < left <= 2
+    now[0] = left - 0.01
+    assert asked.remembered(key) is not None
+    now[0] = left
+    assert asked.remembered(key) is None
+    lasting = api.new_key(expires_at=datetime.now(UTC) + timedelta(days=2))
+    asked.look_up(lasting)
+    now[0] += 3.0
+    assert asked.remembered(lasting) is None, "for seconds only, as ever"
+
+
 def test_a_key_revoked_during_its_lookup_is_not_remembered(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = Authenticator(api.database)
     original = Database.transaction

@@ -52,6 +52,18 @@ def test_json_batch_with_defaults(api: Api) -> None:
     assert api.http.get(f"/batches/{batch['id']}").json() == batch
 
 
+def test_a_batch_says_when_it_is_to_stop_itself(api: Api) -> None:
+    jobs = [{"prompt": "one"}]
+    plain = api.http.post("/batches", json={"jobs": jobs}).json()
+    assert (plain["stop_at_failed_share"], plain["stop_reason"]) == (None, None)
+    said = api.http.post("/batches", json={"jobs": jobs, "stop_at_failed_share": 1})
+    asked = api.http.post("/batches?stop_at_failed_share=0.25", content=ndjson(*jobs), headers=LINES)
+    assert [answer.json()["stop_at_failed_share"] for answer in (said, asked)] == [1.0, 0.25]
+    both = api.http.post("/batches?stop_at_failed_share=0.25", json={"jobs": jobs})
+    document = problem_of(both, 422, "invalid-request")
+    assert [problem["field"] for problem in document["problems"]] == ["stop_at_failed_share"]
+
+
 def test_ndjson_batch_has_its_defaults_in_the_query(api: Api) -> None:
     query = {
         "name": "walls & more",

@@ -10,7 +10,7 @@ import orjson
 import pytest
 import structlog
 
-from api.schemas import KeyBody, LimitsBody, PriorityBody, WebhookBody, WebhookChange
+from api.schemas import BatchBody, KeyBody, LimitsBody, PriorityBody, WebhookBody, WebhookChange
 from farm.jobspec import AdapterSpec, JobSpec
 from tests.api.conftest import PROMPT, Api, operations, problem_of, until
 
@@ -27,7 +27,7 @@ INSIDE = re.compile(
 )
 CREATED = {
     "/keys": KeyBody, "/webhooks": WebhookBody, "/batches/batch_id/priority": PriorityBody,
-    "/webhooks/webhook_id": WebhookChange, "/projects/project_id": LimitsBody,
+    "/webhooks/webhook_id": WebhookChange, "/projects/project_id": LimitsBody, "/batches": BatchBody,
 }  # fmt: skip
 """Bodies with numbers, other than jobs; a test below looks for ones that are missing here."""
 
@@ -104,13 +104,16 @@ def test_numbers_of_everything_else(api: Api) -> None:
         method = "PATCH" if path.endswith(("webhook_id", "project_id")) else "POST"
         for name, values in numbers(model):
             for value in values:
-                extra = f'"url": "{URL}", ' if model is WebhookBody else ""
+                extra = {WebhookBody: f'"url": "{URL}", ', BatchBody: '"jobs": [{"prompt": "x"}], '}.get(model, "")
                 body = f'{{{extra}"{name}": {value}}}'.encode()
                 refused(api.http.request(method, where, content=body, headers=JSON))
                 tried += 1
     for value in ("NaN", "1e309", "0", "501", "true", "null", "[]", str(2**63), "-1", "1.5", ""):
         for path in ("/jobs", "/batches", f"/webhooks/{webhook['id']}/deliveries"):
             refused(api.http.get(f"{path}?limit={value}"))
+    for value in ("0", "1.001", "-1", "NaN", "1e309", "true", "[]", '"0.5"', "", str(2**63)):
+        shared = f"/batches?stop_at_failed_share={quote(value)}"
+        refused(api.http.post(shared, content=b'{"prompt": "x"}\n', headers=NDJSON))
     for value in ("-1", "2592001", "NaN", "1e309", "null", str(2**63)):
         refused(api.http.post(f"/webhooks/{webhook['id']}/rotate?overlap={value}"))
     assert tried > 80

@@ -1,6 +1,7 @@
 """Limits over HTTP: 429 says which, how much and until when. A frozen Redis blocks nobody, and limits go on."""
 
 import asyncio
+import hashlib
 import socket
 import threading
 import time
@@ -20,6 +21,7 @@ from farm.client import AsyncFarm, Farm
 from farm.errors import LimitReached
 from farm.settings import Settings
 from tests.api.conftest import PROMPT, Api, problem_of
+from tests.api.test_uploads import png
 
 STEPS = 128 * 128 * 4
 
@@ -61,6 +63,48 @@ def test_a_burst_of_ten_times_the_limit_is_accepted_to_the_limit(api: Api) -> No
     assert sorted(answer.status_code for answer in answers) == [201] * 10 + [429] * 90
     assert api.stored()["jobs"] == 10
     assert own(api)["use"]["queued_jobs"] == 10
+
+
+def test_a_burst_of_pictures_is_stored_to_the_limit_of_bytes(api: Api) -> None:
+    """Ten times what fits, at once, each twice: exactly so much is kept, and it is said why the rest is not."""
+    pictures = [png(mark, (64, 64)) for mark in range(40)]
+    size = max(len(picture) for picture in pictures)
+    # By a PNG's own rules its bytes may differ by a few: what fits is counted by the largest.
+    most = 4 * size
+    limit(api, upload_bytes=most)
+    ready = threading.Barrier(8)
+    answers: list[tuple[int, httpx.Response]] = []
+
+    def burst(number: int) -> None:
+        client = api.client(api.key)
+        ready.wait(20)
+        for picture in pictures[number % 4 :: 4]:
+            answer = client.post("/uploads", content=picture, headers={"Content-Type": "image/png"})
+            answers.append((len(picture), answer))
+        client.close()
+
+    threads = [threading.Thread(target=burst, args=[number]) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {answer.status_code for _, answer in answers} <= {200, 201, 429}
+    # Two who send the same one at once may both be told that it is new; it counts once.
+    stored = {answer.json()["hash"]: length for length, answer in answers if answer.status_code == 201}
+    assert len(stored) == 4
+    assert own(api)["use"]["upload_bytes"] == sum(stored.values()) <= most
+    assert len(api.http.get("/uploads").json()["items"]) == 4
+    fifth = next(answer for _, answer in answers if answer.status_code == 429)
+    document = problem_of(fifth, 429, "limit-reached")
+    assert (document["limit"], document["value"]) == ("upload_bytes", most)
+    assert int(fifth.headers["retry-after"]) > 0
+    alone = api.http.post("/uploads", content=png(99, (256, 256)), headers={"Content-Type": "image/png"})
+    assert problem_of(alone, 413, "too-large")["limit"] == "upload_bytes"
+    kept = api.http.get("/uploads").json()["items"][0]
+    again = next(picture for picture in pictures if hashlib.sha256(picture).hexdigest() == kept["hash"])
+    assert api.http.post("/uploads", content=again, headers={"Content-Type": "image/png"}).status_code == 200
+    assert api.http.delete(f"/uploads/{kept['hash']}").status_code == 204
+    assert api.http.post("/uploads", content=again, headers={"Content-Type": "image/png"}).status_code == 201
 
 
 def test_a_refusal_says_which_limit_how_much_and_until_when(api: Api) -> None:
@@ -202,7 +246,9 @@ def test_the_client_and_the_command_line_know_limits(api: Api, monkeypatch: pyte
         return CliRunner().invoke(app, ["projects", *arguments])
 
     assert "queued jobs: 7" in run("limit", "cracks", "--queued-jobs", "7", "--running-jobs", "2").stdout
+    assert "upload bytes: 999" in run("limit", "cracks", "--upload-bytes", "999").stdout
     assert "0 of 7" in run("list").stdout
+    assert "0 of 999" in run("list").stdout
     changed = run("limit", "cracks", "--running-jobs", "none", "--requests-per-second", "500")
     assert "running jobs: no limit" in changed.stdout
     assert "queued jobs: 7" in changed.stdout

@@ -81,4 +81,4 @@ def test_references_lead_somewhere(document: dict[str, Any]) -> None:
 def test_the_query_of_a_batch_names_what_a_line_may_leave_out(document: dict[str, Any]) -> None:
     parameters = document["paths"]["/api/v1/batches"]["post"]["parameters"]
     names = {parameter["name"] for parameter in parameters if parameter["in"] == "query"}
-    assert names == (set(JobSpec.model_fields) - {"prompt", "seed"}) | {"name", "dry_run"}
+    assert names == (set(JobSpec.model_fields) - {"prompt", "seed"}) | {"name", "dry_run", "stop_at_failed_share"}

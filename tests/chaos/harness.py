@@ -166,9 +166,13 @@ class Chaos:
         """Start a worker, which nobody restarts."""
         made = uuid.uuid4()
         part = "engine" if self._real else "worker"
-        process = self._spawn(part, faults, self.worker_settings | changes, {"FARM_WORKER_ID": str(made)})
-        worker = Worker(made, process)
         with self._lock:
+            # As under a supervisor, the next process at a place has the name of the one before.
+            taken = {one.place for one in self.alive()}
+            place = next(n for n in range(len(taken) + 1) if n not in taken)
+            changes = {"worker_name": f"place-{place}"} | self.worker_settings | changes
+            process = self._spawn(part, faults, changes, {"FARM_WORKER_ID": str(made)})
+            worker = Worker(made, process, place)
             self.workers.append(worker)
         self.history.write("worker", id=made, pid=process.pid)
         return worker

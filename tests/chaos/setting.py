@@ -25,6 +25,7 @@ SCALED: dict[str, Any] = {
     "retry_backoff_max": timedelta(seconds=1),
     "grace": timedelta(seconds=4),
     "affinity_bound": timedelta(seconds=2),
+    "suspect_wait": timedelta(seconds=10),
     "webhook_timeout": timedelta(seconds=5),
 }
 """A crashed worker's jobs are claimable again within 4 s: a lease, a sweep, and a second for the machine."""
@@ -39,6 +40,7 @@ class Worker:
 
     id: UUID
     process: Process
+    place: int
     killed_at: float | None = None
     told_at: float = 0.0
     """When it was asked to leave."""

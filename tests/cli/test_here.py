@@ -28,6 +28,7 @@ VARIABLES = {
 WORKER = {
     "id": "0190a0a0-0000-7000-8000-000000000001",
     "pool": "default",
+    "name": "here/cpu",
     "host": "here",
     "pid": 7,
     "device": "cpu",
@@ -46,6 +47,16 @@ WORKER = {
         "host_bytes": 3072,
         "host_budget": 1024**3,
     },
+    "resting": [
+        {
+            "of": "lane",
+            "hash": "c" * 64,
+            "checkpoint": "crack-tiny",
+            "failures": 4,
+            "code": "out-of-memory",
+            "seconds": 72.5,
+        }
+    ],
 }
 CHECKPOINT = {
     "name": "crack-tiny",
@@ -135,7 +146,17 @@ def test_status_tells_who_is_really_there(run: Run, fake: FakeFarm) -> None:
     shown = run("status").stdout
     assert "The queue is empty." in shown
     assert "crack-tiny (4.8 MiB)" in shown
-    for words in ("4.8 MiB of 4.0 GiB", "3.0 KiB of 1.0 GiB", "other (2.0 KiB)", "75%", "1.5 s", "50%"):
+    for words in (
+        "4.8 MiB of 4.0 GiB",
+        "3.0 KiB of 1.0 GiB",
+        "other (2.0 KiB)",
+        "75%",
+        "1.5 s",
+        "50%",
+        "cccccccc ",
+        "out-of-memory",
+        "1 min 12 s",
+    ):
         assert words in shown
 
 
@@ -144,6 +165,16 @@ def test_status_of_an_unreachable_farm_shows_what_is_known(run: Run, fake: FakeF
     assert orjson.loads(result.stdout) == {"services": [], "lanes": None, "workers": None}
     assert result.exit_code == Exit.NOT_FOUND, "the fake has no such route"
     assert "empty" not in run("status").stdout, "not to be reached is not to have nothing"
+
+
+@pytest.mark.parametrize("command", ["up", "down", "status"])
+@pytest.mark.parametrize("empty", ["", " "])
+def test_an_empty_data_directory_is_refused(run: Run, command: str, empty: str) -> None:
+    """`--data-dir "$DIR"` with nothing in it would mean the folder we are in."""
+    result = run(command, "--data-dir", empty)
+    assert result.exit_code == 2
+    assert "is empty" in result.stderr
+    assert list(Path().iterdir()) == []
 
 
 def test_down_where_nothing_runs(run: Run) -> None:

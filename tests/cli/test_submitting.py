@@ -28,9 +28,11 @@ def test_a_file_becomes_a_batch(run: Run, fake: FakeFarm) -> None:
 def test_what_the_command_line_says_goes_over_what_the_file_says(run: Run, fake: FakeFarm) -> None:
     fake.on("POST", BATCHES, Reply(201, batch_document()))
     document = {"name": "file", "labels": {"a": "1", "b": "1"}, "defaults": {"priority": 1, "steps": 3}, "jobs": ["x"]}
-    Path("a.json").write_bytes(orjson.dumps(document))
-    run("submit", "a.json", "--label", "b=2", "--priority", 2)
-    (asked,) = fake.asked
+    Path("a.json").write_bytes(orjson.dumps(document | {"stop_at_failed_share": 0.5}))
+    run("submit", "a.json")
+    run("submit", "a.json", "--label", "b=2", "--priority", 2, "--stop-at-failed-share", 0.2)
+    before, asked = fake.asked
+    assert (before.query["stop_at_failed_share"], asked.query["stop_at_failed_share"]) == (["0.5"], ["0.2"])
     assert asked.query["name"] == ["file"]
     assert orjson.loads(asked.query["labels"][0]) == {"a": "1", "b": "2"}
     assert (asked.query["priority"], asked.query["steps"]) == (["2"], ["3"])

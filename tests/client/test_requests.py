@@ -67,13 +67,24 @@ def test_many_are_streamed_while_they_are_made(fake: FakeFarm, farm: Farm) -> No
             heard.set()
         yield "the last"
 
-    farm.submit_many(rows(), name="walls", defaults={"steps": 4, "labels": {"a": "b"}, "checkpoint": "crack-tiny"})
+    farm.submit_many(
+        rows(),
+        name="walls",
+        defaults={"steps": 4, "labels": {"a": "b"}, "checkpoint": "crack-tiny"},
+        stop_at_failed_share=0.2,
+    )
     assert heard.is_set()
     (asked,) = fake.asked
     assert len(asked.lines) == 5_001
     assert asked.lines[-1] == {"prompt": "the last"}
     assert asked.headers["content-type"] == "application/x-ndjson"
-    assert asked.query == {"name": ["walls"], "steps": ["4"], "labels": ['{"a":"b"}'], "checkpoint": ["crack-tiny"]}
+    assert asked.query == {
+        "name": ["walls"],
+        "steps": ["4"],
+        "labels": ['{"a":"b"}'],
+        "checkpoint": ["crack-tiny"],
+        "stop_at_failed_share": ["0.2"],
+    }
 
 
 def test_a_dry_run_asks_and_stores_nothing(fake: FakeFarm, farm: Farm) -> None:

@@ -74,13 +74,16 @@ class Queue:
         with self.database.transaction() as conn:
             return verb(conn, *args, **kwargs)
 
-    def submit(self, rows: Iterable[dict[str, Any]] | int, **defaults: Any) -> BatchView:
+    def submit(
+        self, rows: Iterable[dict[str, Any]] | int, *, stop_at_failed_share: float | None = None, **defaults: Any
+    ) -> BatchView:
         if isinstance(rows, int):
             rows = [{"prompt": f"crack {n}", "seed": n} for n in range(rows)]
         now = self.do(claiming.database_now)
         with submission.prepare(
-            rows, defaults=defaults, catalogue=catalogue(), settings=self.settings, name="test", now=now
-        ) as prepared:
+            rows, defaults=defaults, catalogue=catalogue(), settings=self.settings, name="test", now=now,
+            stop_at_failed_share=stop_at_failed_share,
+        ) as prepared:  # fmt: skip
             return self.do(jobs.submit, prepared, project_id=self.project, pool="default")
 
     def claim(self, limit: int = 8, warm: Warm | None = None, **more: Any) -> Claimed | None:

@@ -12,7 +12,7 @@ from farm.courier import Courier
 from farm.maintenance import Sweeper
 from farm.settings import Settings
 from farm.states import Outcome
-from farm.views import DeliveryView, WebhookView
+from farm.views_tenants import DeliveryView, WebhookView
 from tests.farm.conftest import Queue
 
 LOOPBACK = {"webhook_networks": "127.0.0.0/8", "webhook_timeout": timedelta(seconds=5)}

@@ -18,7 +18,7 @@ from farm import db
 from farm.db import Database, alembic_config, migrate
 from farm.errors import SchemaMismatch
 from farm.models import SCHEMA_VERSION
-from farm.queries import claiming, finishing
+from farm.queries import claiming, finishing, suspects
 from farm.scheduling import Warm
 from farm.schema import Base
 from farm.settings import Settings
@@ -99,12 +99,34 @@ def test_claiming_walks_its_indexes(queue: Queue) -> None:
         "head_id": segment["head_id"],
         "limit": 8,
     }
-    assert "ix_jobs_queue on jobs" in plan(queue, claiming._TAKE, place)
+    first = plan(queue, claiming._TAKE, place | suspects.asked(queue.worker, queue.settings))
+    assert "ix_jobs_queue on jobs" in first
+    walk, asked_first, _ = first.partition("((NOT alone) OR (crashes = 0) OR (NOT EXISTS(SubPlan")
+    assert asked_first, "the rest of the plan is for suspects only"
     by_set = plan(queue, claiming._TAKE_SET, {**place, "adapter_set": ""})
     assert "Index Scan using ix_jobs_queue" in by_set
-    for found in (by_set, plan(queue, claiming._TAKE, place)):
+    for found in (by_set, walk):
         assert "Sort" not in found
         assert "Seq Scan" not in found
+
+
+def test_what_is_asked_of_a_suspect_walks_its_indexes(queue: Queue) -> None:
+    queue.submit({"prompt": "a", "guidance_scale": 1 + n / 1000} for n in range(2000))
+    tried = """
+        WITH claimed AS (
+            INSERT INTO claims (id, worker_id, lease_until, closed_at)
+            SELECT id, :worker, now(), now() FROM jobs RETURNING id)
+        INSERT INTO attempts (job_id, number, claim_id, outcome, finished_at)
+        SELECT id, number, id, 'crashed', now() FROM claimed, generate_series(1, 3) AS number
+    """
+    queue.do(lambda conn: conn.execute(text(tried), {"worker": queue.worker}))
+    queue.do(lambda conn: conn.execute(text("ANALYZE")))
+    asked = suspects.asked(queue.worker, queue.settings) | {"now": queue.do(claiming.database_now)}
+    found = plan(queue, f"SELECT {suspects.LEFT_TO_OTHERS} FROM jobs WHERE alone", asked)
+    subplan = found[found.index("SubPlan") :]
+    for index in ("pk_segments", "pk_attempts", "pk_claims"):
+        assert index in subplan, found
+    assert "Seq Scan" not in subplan.replace("Seq Scan on workers", ""), "there are few workers"
 
 
 def test_finding_work_walks_its_indexes(queue: Queue) -> None:

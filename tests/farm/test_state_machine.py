@@ -13,7 +13,8 @@ from sqlalchemy import text
 from farm import jobs
 from farm.errors import Conflict
 from farm.jobs import Claimed, Warm
-from farm.queries import claiming, maintaining
+from farm.jobs.changing import turn_cancelled
+from farm.queries import changing, claiming, maintaining, stopping
 from farm.states import TRANSITIONS, JobState, Outcome
 from tests.farm.conftest import Queue
 from tests.farm.test_running import old_server
@@ -135,6 +136,26 @@ def machine_for(queue: Queue) -> type[RuleBasedStateMachine]:
                 queue.do(getattr(jobs, f"{verb}_batch"), queue.project, batch.id)
             except Conflict:
                 assert verb == "retry"
+
+        @precondition(lambda self: self.batches)
+        @rule(data=strategies.data())
+        def stop_itself(self, data: Any) -> None:
+            """As the sweeper does at a failed share: nothing of it is claimed any more, and what runs goes on."""
+            batch = self._one_of(data, self.batches)
+            queue.do(stopping.stop, batch.id, "too many failed")
+            running = (
+                "SELECT id FROM jobs WHERE batch_id = :batch AND state = 'running' AND cancel_requested_at IS NULL"
+            )
+            runs = set(queue.do(lambda conn: conn.execute(text(running), {"batch": batch.id}).scalars().all()))
+            claims = [claimed.claim_id for _, claimed in self.claims]
+            assert not queue.do(claiming.cancelled_of, claims) & runs
+
+        @rule()
+        def turn(self) -> None:
+            """The sweeper turns over what a cancel or a stop left."""
+            for segment in queue.do(changing.turning, 100):
+                if segment["cancelling"]:
+                    queue.do(turn_cancelled, segment["id"], 100)
 
         @precondition(lambda self: self.batches)
         @rule(data=strategies.data(), verb=strategies.sampled_from(["cancel", "retry"]))

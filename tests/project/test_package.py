@@ -1,5 +1,6 @@
 """What is installed and what is imported: the wheel's contents, torch's corner, the arrows between packages."""
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -80,8 +81,7 @@ def test_import_contracts_hold() -> None:
 
 
 def test_every_requirement_is_pinned_and_its_pin_allowed() -> None:
-    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
-    pins = {canonical(name): version for name, version in (line.split("==") for line in lines)}
+    pinned = pins()
     wanted = [
         Requirement(line)
         for line in (
@@ -90,9 +90,52 @@ def test_every_requirement_is_pinned_and_its_pin_allowed() -> None:
         )
     ]
     for requirement in wanted:
-        pin = pins.get(canonical(requirement.name))
+        pin = pinned.get(canonical(requirement.name))
         assert pin, f"{requirement.name} is not pinned in constraints.txt"
         assert requirement.specifier.contains(pin), f"{requirement} does not allow its pin {pin}"
+
+
+@pytest.mark.parametrize("image", ["api", "worker"])
+def test_what_ships_is_held_to_hashes_of_the_pinned_versions(image: str) -> None:
+    """`make lock` was run after the last pin was moved, and nothing in it is installed without a hash."""
+    locked = (ROOT / f"requirements/{image}.txt").read_text().replace("\\\n", "")
+    found = {}
+    for line in (line for line in locked.splitlines() if line and not line.startswith("#")):
+        stated, *hashes = line.split(" --hash=")
+        parsed = Requirement(stated)
+        assert hashes, line
+        assert all(re.fullmatch(r"sha256:[0-9a-f]{64}\s*", one) for one in hashes), line
+        found[canonical(parsed.name)] = parsed
+    pinned = pins()
+    for name, requirement in found.items():
+        if name in pinned:
+            assert str(requirement.specifier) == f"=={pinned[name]}", "run make lock"
+        else:
+            # What torch's CUDA build needs beside itself, which it pins, and what is not for this system.
+            assert name.startswith(("cuda-", "nvidia-", "triton")) or not needed(requirement), name
+    wanted = [*PROJECT["dependencies"], "flower", "hatchling"]
+    wanted += PROJECT["optional-dependencies"]["worker"] if image == "worker" else []
+    assert {canonical(Requirement(line).name) for line in wanted} <= set(found)
+    assert ("torch" in found) is (image == "worker")
+
+
+def needed(requirement: Requirement) -> bool:
+    """On Linux with the newest Python 3.11."""
+    here = {"sys_platform": "linux", "python_version": "3.11", "python_full_version": "3.11.14"}
+    return requirement.marker is None or requirement.marker.evaluate(here)
+
+
+def test_the_images_install_nothing_else() -> None:
+    installs = re.findall(r"pip\W+install\W.*", (ROOT / "Dockerfile").read_text())
+    assert len(installs) == 4
+    assert sum("--require-hashes" in line for line in installs) == 2
+    assert sum("--no-deps --no-build-isolation ." in line for line in installs) == 2, "our own wheel, built offline"
+
+
+def pins() -> dict[str, str]:
+    """Every pinned version by name."""
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    return {canonical(name): version for name, version in (line.split("==") for line in lines)}
 
 
 def canonical(name: str) -> str:

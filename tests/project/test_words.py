@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = ("farm", "workers", "api", "migrations", "tests", "benchmarks", "docs", ".ci")
+FOLDERS = ("farm", "workers", "api", "migrations", "tests", "benchmarks", "docs", "requirements", ".ci")
 LONGEST = 400
 """Lines. Most files have half of that; tables, and what a migration created, may be longer."""
 WRITTEN = ("benchmarks/out",)

@@ -92,4 +92,8 @@ def test_a_worker_is_well_while_postgres_hears_of_it(
     )
     assert deaf.answers is not None
     assert deaf.answers(), "without Postgres nobody can tell, and it renders on"
+    chosen = programs.worker(
+        directory, environment_of(settings), away, settings, name="worker", device="auto", worker_id=worker
+    )
+    assert (program.address, chosen.address) == ("cpu", "-"), "no address, and which device it is the worker says"
     away.dispose()

@@ -41,6 +41,13 @@ def render_poison(chaos: Chaos, *, good: int, each: int, workers: int = 4) -> No
         chaos.figures.add(f"{row.word} {row.code}", row.n)
         if row.code != "quarantined" or row.crashes != chaos.settings.max_crashes:
             chaos.fail(f"{row.n} jobs {row.word} ended as {row.code} after {row.crashes} crashes alone")
+    for row in chaos.ask("""
+        SELECT places, count(*) AS n FROM (
+            SELECT count(DISTINCT w.name) AS places FROM jobs j JOIN attempts a ON a.job_id = j.id
+            JOIN claims c ON c.id = a.claim_id JOIN workers w ON w.id = c.worker_id
+            WHERE j.state = 'failed' AND a.outcome = 'crashed' GROUP BY j.id) tried GROUP BY 1
+    """):
+        chaos.figures.add(f"crashed {row.places} workers", row.n)
     if sum(row.n for row in failed) != 3 * each:
         chaos.fail(f"{3 * each} jobs are poison, and {sum(row.n for row in failed)} failed")
 
