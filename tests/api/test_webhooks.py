@@ -22,7 +22,7 @@ def test_a_webhook_from_its_making_to_its_end(api: Api) -> None:
     assert answer.status_code == 201
     made = answer.json()
     assert made["secret"].startswith("whsec_")
-    assert made["events"] == ["batch.failed_share", "batch.finished", "job.failed"]
+    assert made["events"] == ["batch.failed_share", "batch.finished", "batch.stopped", "job.failed"]
     shown = api.http.get("/webhooks")
     assert [webhook["id"] for webhook in shown.json()["items"]] == [made["id"]]
     path = f"/webhooks/{made['id']}"
@@ -162,7 +162,7 @@ def test_urls_of_the_public_internet_are_taken(api: Api, url: str) -> None:
         ({"url": URL, "events": []}, "events"),
         ({"url": URL, "events": ["batch.started"]}, "events.0"),
         ({"url": URL, "events": "job.failed"}, "events"),
-        ({"url": URL, "events": ["job.failed"] * 4}, "events"),
+        ({"url": URL, "events": ["job.failed"] * 5}, "events"),
         ({"url": URL, "failed_share": 0}, "failed_share"),
         ({"url": URL, "failed_share": 1.01}, "failed_share"),
         ({"url": URL, "failed_share": "0.5"}, "failed_share"),
