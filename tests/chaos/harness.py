@@ -117,6 +117,8 @@ class Chaos:
             self.webhook = webhooks.create(
                 conn, project, url=self.receiver.url, events=["batch.finished"], settings=self.settings
             )
+            self.inspector = hooks.Inspector(str(self.webhook.secret))
+            self.receiver.look = self.inspector.look
         self.stalls = Stalls()
         self._opened.callback(self.stalls.close)
         url = f"http://{LOOPBACK}:{self.settings.api_port}"
@@ -323,7 +325,7 @@ class Chaos:
         found = self._along()
         with self.database.transaction() as conn:
             found += invariants.at_the_end(conn, self.settings, accepted=self.client.accepted, poison=self.poison)
-            found += hooks.check(conn, str(self.webhook.secret), self.receiver.seen)
+            found += hooks.check(conn, self.inspector, self.receiver.seen)
         found += invariants.check_pictures(self.database, self.store, pictures=self.pictures, secrets=self.secrets)
         found += [*secrets.in_files(self.folder, self.secrets), *self.client.leaks]
         with self.database.transaction() as conn:

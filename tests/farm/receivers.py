@@ -18,9 +18,13 @@ class Received:
 
 @dataclass
 class Receiver:
-    """What arrived, and how to answer: `answer` is called with the request's number (from 1) and gives the status."""
+    """What arrived, and how to answer: `answer` is called with the request's number (from 1) and gives the status.
+
+    `look` sees each request as it arrives, as a receiver of somebody's own would.
+    """
 
     url: str = ""
+    look: Callable[[Received], None] = lambda _: None
     answer: Callable[[int], int] = lambda _: 204
     location: str = ""
     seen: list[Received] = field(default_factory=list)
@@ -41,8 +45,10 @@ def receiving(answer: Callable[[int], int] = lambda _: 204, location: str = "") 
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["content-length"]))
             headers = {name.lower(): value for name, value in self.headers.items()}
+            one = Received(self.path, headers, body)
+            receiver.look(one)
             with receiver.arrived:
-                receiver.seen.append(Received(self.path, headers, body))
+                receiver.seen.append(one)
                 number = len(receiver.seen)
                 receiver.arrived.notify_all()
             self.send_response(receiver.answer(number))
