@@ -1,5 +1,6 @@
 """The trainers at toy sizes: the loss falls, a resumed run equals one that never stopped."""
 
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ from transformers import CLIPTokenizer
 
 from farm.painter import caption, sample_scene
 from workers.training import autoencoder, diffusion, distill, tokens
-from workers.training.crack_tiny import MEANINGS
+from workers.training.crack_tiny import MEANINGS, QUICK, Settings
 from workers.training.errors import TrainingError
 from workers.training.export import export_lora, export_pipeline
 from workers.training.loop import Plan, load, train
@@ -88,6 +89,48 @@ def test_refining_brings_cracks_back_and_leaves_white_latents(tmp_path: Path) ->
     # Measured on mirrored pictures of the same pool, so not exactly 0 and 1.
     assert made.mean((0, 2, 3)).abs().max() < 0.5
     assert 0.5 < made.std((0, 2, 3)).min() <= made.std((0, 2, 3)).max() < 2.0
+
+
+def test_the_decoder_learns_what_it_is_handed_and_the_encoder_stays(tmp_path: Path) -> None:
+    pool = open_pool(tmp_path, 8, 64, seed=1)
+    torch.manual_seed(2)
+    model = autoencoder.build((8, 8, 8, 16), latent=4)
+    real = autoencoder.to_tensor(pool.pixels)
+    pixels, mask = real[:, :3], (real[:, 3:] + 1.0) / 2.0
+    with torch.no_grad():
+        latents = model.encode(pixels).latent_dist.mean
+
+    def off() -> float:
+        with torch.no_grad():
+            return float(autoencoder.sharp_loss(model.decode(0.5 * latents).sample, pixels, mask, too_light=2.0))
+
+    before, encoder = off(), {name: each.clone() for name, each in model.encoder.state_dict().items()}
+    autoencoder.learn_to_decode(
+        model,
+        latents.numpy().astype(np.float16),
+        pool,
+        lambda clean, chosen, rng: 0.5 * clean,
+        Plan(40, 2e-3, seed=1, warmup=5),
+        tmp_path / "decode.pt",
+        bf16=False,
+        say=hush,
+    )
+    assert off() < 0.8 * before
+    assert all(torch.equal(each, model.encoder.state_dict()[name]) for name, each in encoder.items())
+
+
+def test_a_crack_that_is_too_light_costs_more_than_one_that_is_too_dark() -> None:
+    real, mask = torch.zeros(1, 3, 32, 32), torch.zeros(1, 1, 32, 32)
+    mask[..., 16, :] = 1.0
+    light, dark = (float(autoencoder.sharp_loss(real + way * mask, real, mask, too_light=2.0)) for way in (0.5, -0.5))
+    assert light > 1.3 * dark
+    assert float(autoencoder.sharp_loss(real + 0.5 * mask, real, mask)) == pytest.approx(dark)
+
+
+def test_the_quick_recipe_is_short_in_every_stage() -> None:
+    whole, quick = asdict(Settings()), asdict(QUICK)
+    assert all(quick[name] <= 0.1 * whole[name] for name in whole if name.endswith("_steps") or name == "pool")
+    assert all(quick[name] > 0 for name in whole if name.endswith("_steps")), "and runs each"
 
 
 def test_whitening_changes_latents_and_no_picture() -> None:

@@ -202,7 +202,7 @@ def sharp_loss(made: Tensor, real: Tensor, mask: Tensor, *, too_light: float = 1
     """L1 in which a pixel of a crack counts for thirteen of the wall, with averages and differences.
 
     L1 draws a line where it is more likely than not; so weighted, where it is likelier than one in fourteen. A pixel
-    of a crack that is lighter than it should be counts `too_light` times as much again.
+    of a crack that is lighter than it should be counts for one and `too_light` times twelve.
     """
     off = made - real
     weight = 1.0 + 12.0 * mask * (1.0 + (too_light - 1.0) * (off.detach() > 0))

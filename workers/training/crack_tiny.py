@@ -85,7 +85,9 @@ QUICK = Settings(
     words_steps=200,
     base_steps=500,
     distil_steps=100,
-    sharpen_steps=0,
+    decoder_steps=60,
+    reader_steps=200,
+    sharpen_steps=60,
 )
 
 
