@@ -13,6 +13,8 @@ from farm.stack.service import Program, Service
 BUCKET = "farm"
 START_TRIES = 3
 """A port that was free a moment ago may be taken when the server gets to it."""
+ADDRESS_IN_USE = "address already in use"
+"""How PostgreSQL, Valkey and SeaweedFS log it, in lower case."""
 
 
 def settings_from(environment: Mapping[str, str]) -> Settings:
@@ -96,8 +98,10 @@ class Servers:
         for attempt in range(1, START_TRIES + 1):
             try:
                 service.wait_healthy(check_stop)
-            except StackError:
-                taken = [name for name in self._ports_of(service) if not is_free(self._numbers[name])]
+            except StackError as error:
+                taken = any(not is_free(self._numbers[name]) for name in self._ports_of(service))
+                # Whoever took a port may have left it again; then only the server's own words tell.
+                taken = taken or ADDRESS_IN_USE in str(error).lower()
                 if service.alive or not taken or attempt == START_TRIES:
                     raise
                 service.stop()

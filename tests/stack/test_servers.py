@@ -1,6 +1,7 @@
 """The embedded servers: real, closed to strangers, and gone without a trace when the block ends."""
 
 import hashlib
+import json
 import socket
 import stat
 import time
@@ -91,6 +92,26 @@ def test_data_is_kept_also_when_the_ports_are_taken_by_others(data_dir: Path) ->
         assert again.database_url == moved.database_url
         assert found(again, "kept") == (True, "kept")
         assert found(again, "more") == (True, "more")
+
+
+def test_a_port_that_somebody_took_for_a_moment_is_left_to_them(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was free when it was chosen and is again when the server has died of it: the log alone says why it did."""
+    with socket.socket() as squatter:
+        squatter.bind((LOOPBACK, 0))
+        squatter.listen()
+        port = squatter.getsockname()[1]
+        data_dir.mkdir(parents=True, exist_ok=True)
+        (data_dir / "ports.json").write_text(json.dumps({"valkey": port}))
+        before = iter([True])
+        monkeypatch.setattr(
+            "farm.stack.ports.is_free", lambda wanted: next(before, False) if wanted == port else is_free(wanted)
+        )
+        monkeypatch.setattr("farm.stack.servers.is_free", lambda _port: True)
+        with embedded(data_dir, durable=False) as settings:
+            use_all(settings, "elsewhere")
+    assert Ports(data_dir / "ports.json").remembered()["valkey"] != port
 
 
 def test_two_run_side_by_side(data_dir: Path) -> None:
