@@ -35,8 +35,12 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## render four pictures through the whole farm
 	@$(BIN)/farm demo
 
-test: lint  ## everything: linters, types, import contracts, all tests on real servers
-	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadgroup
+# The linters run beside the tests, in the time in which those wait, and say at the end what they found.
+test: $(STAMP)  ## everything: linters, types, import contracts, all tests on real servers
+	@mkdir -p build; $(MAKE) --no-print-directory lint > build/lint.log 2>&1 & lint=$$!; \
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadgroup; tests=$$?; \
+	wait $$lint; linters=$$?; cat build/lint.log; \
+	test $$tests -eq 0 && test $$linters -eq 0 || { echo "tests: exit code $$tests; linters: $$linters" >&2; exit 1; }
 
 chaos: $(STAMP)  ## the chaos suite at its CI size: kill, freeze, empty, fill and lie (8 minutes on two free cores)
 	$(BIN)/python -m benchmarks.chaos --size ci --parallel $(CHAOS_ROWS)

@@ -41,6 +41,7 @@ from farm.settings import Settings
 from farm.stack.processes import Identity, end, spawn, tail
 from farm.stack.stack import Stack
 from workers.pictures import metadata
+from workers.pipelines.device import choose
 
 HERE = Path(__file__).parent
 WARM_UP = 32
@@ -154,7 +155,8 @@ def bare_loop(ground: Ground) -> Contender:
         out.mkdir(exist_ok=True)
         orders = {
             "model": str(ground.model), "out": str(out), "jobs": jobs, "texts": [texts(job) for job in jobs],
-            "micro_batch": ground.settings.micro_batch, "side": ground.side, "steps": ground.steps,
+            "micro_batch": ground.settings.micro_batch or choose(ground.settings).micro_batch,
+            "side": ground.side, "steps": ground.steps,
             "png_compress_level": ground.settings.png_compress_level,
             "thumbnail_pixels": ground.settings.thumbnail_pixels,
             "threads": sorted({1, max(1, cores // 2), cores}), "settings": known or None, "measure": bool(known),

@@ -97,8 +97,8 @@ class Settings(BaseSettings):
     """`auto` is float16 on CUDA and float32 on a CPU."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Whether UNet and VAE are compiled while they serve as they are; `auto` does so on CUDA devices."""
-    micro_batch: Annotated[int, Field(ge=1, le=64)] = 8
-    """Most jobs denoised together."""
+    micro_batch: Annotated[int, Field(ge=1, le=64)] | None = None
+    """Most jobs denoised together; unset means 8 on a GPU and 16 on a CPU."""
     mix_adapters: bool = True
     """Whether one micro-batch may hold different style adapters; where that was measured to be slower, none does."""
     device_budget_bytes: Positive | None = None

@@ -33,6 +33,7 @@ class StubRenderer:
 
     device = "stub"
     dtype = "uint8"
+    micro_batch = 8
 
     def __init__(self, settings: Settings | None = None, fetch: Callable[[str], Path] | None = None) -> None:
         self.step_seconds = float(os.environ.get("STUB_STEP_SECONDS", "0.01"))

@@ -42,7 +42,13 @@ log = structlog.get_logger(__name__)
 
 
 class Renderer(Protocol):
-    """What turns recipes into pictures. `stage` runs outside the device lock, `render` inside it."""
+    """What turns recipes into pictures. `stage` runs outside the device lock, `render` inside it.
+
+    `micro_batch`: most images denoised together, where the settings leave that open.
+    """
+
+    @property
+    def micro_batch(self) -> int: ...
 
     def warm_state(self) -> Any: ...
 
@@ -155,7 +161,7 @@ class Executor:
                     worker=self.worker,
                     pool=self.settings.pool,
                     warm=warm,
-                    limit=self.settings.micro_batch,
+                    limit=self.settings.micro_batch or self._renderer.micro_batch,
                     settings=self.settings,
                 )
         except Unavailable as error:

@@ -1,5 +1,6 @@
 """The trainers at toy sizes: the loss falls, a resumed run equals one that never stopped."""
 
+import copy
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -104,19 +105,27 @@ def test_the_decoder_learns_what_it_is_handed_and_the_encoder_stays(tmp_path: Pa
         with torch.no_grad():
             return float(autoencoder.sharp_loss(model.decode(0.5 * latents).sample, pixels, mask, too_light=2.0))
 
-    before, encoder = off(), {name: each.clone() for name, each in model.encoder.state_dict().items()}
-    autoencoder.learn_to_decode(
-        model,
-        latents.numpy().astype(np.float16),
-        pool,
-        lambda clean, chosen, rng: 0.5 * clean,
-        Plan(40, 2e-3, seed=1, warmup=5),
-        tmp_path / "decode.pt",
-        bf16=False,
-        say=hush,
-    )
+    def learn(model: Any, share: float) -> dict[str, torch.Tensor]:
+        autoencoder.learn_to_decode(
+            model,
+            latents.numpy().astype(np.float16),
+            pool,
+            lambda clean, chosen, rng: 0.5 * clean,
+            Plan(40, 2e-3, seed=1, warmup=5),
+            tmp_path / "decode.pt",
+            share=share,
+            bf16=False,
+            say=hush,
+        )
+        return model.state_dict()
+
+    other, before, start = copy.deepcopy(model), off(), copy.deepcopy(model.state_dict())
+    end = learn(model, 1.0)
     assert off() < 0.8 * before
-    assert all(torch.equal(each, model.encoder.state_dict()[name]) for name, each in encoder.items())
+    assert all(torch.equal(each, end[name]) for name, each in start.items() if name.startswith("encoder."))
+    # What was learnt is read from the checkpoint; a quarter of it goes in.
+    mixed = learn(other, 0.25)
+    assert all(torch.allclose(each, 0.75 * start[name] + 0.25 * end[name], atol=1e-6) for name, each in mixed.items())
 
 
 def test_a_crack_that_is_too_light_costs_more_than_one_that_is_too_dark() -> None:

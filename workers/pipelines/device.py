@@ -74,6 +74,12 @@ class Device:
         return torch.cuda.device(self.place) if self.place.type == "cuda" else nullcontext()
 
     @property
+    def micro_batch(self) -> int:
+        """Images denoised together unless the settings say otherwise. Measured with crack-tiny on two cores, whose
+        caches hold few weights at once: 16 are rendered in 0.86 to 0.92 of the time of two times 8."""
+        return 16 if self.on_cpu else 8
+
+    @property
     def decode_pixels(self) -> int:
         """Pixels decoded in one go. A CPU keeps its cores busy to the end with small pieces; a GPU wants them few
         enough that the VAE at 1024x1024 does not need more memory than the UNet."""

@@ -84,7 +84,7 @@ class Engine:
     def __init__(self, settings: Settings, fetch: Callable[[str], Path]) -> None:
         """`fetch(hash)` answers the verified local folder or file of a checkpoint, VAE or adapter."""
         self._device: Device = choose(settings)
-        self._most, self._mixes = settings.micro_batch, settings.mix_adapters
+        self._most, self._mixes = settings.micro_batch or self._device.micro_batch, settings.mix_adapters
         shelf = Shelf(settings.host_budget_bytes or host_budget())
         self._residents = Residents(self._device.place, self._device.budget, shelf)
         self._library = Library(self._device, self._residents, shelf, fetch)
@@ -102,6 +102,11 @@ class Engine:
     def dtype(self) -> str:
         """Such as `float32`."""
         return self._device.dtype_name
+
+    @property
+    def micro_batch(self) -> int:
+        """Most images denoised together, of any lane."""
+        return self._most
 
     def limit(self, lane: str) -> int:
         """Most images of this lane that fit the device at once, as far as is known."""

@@ -170,6 +170,7 @@ def learn_to_decode(
     plan: Plan,
     checkpoint: Path,
     *,
+    share: float = 1.0,
     batch: int = 4,
     bf16: bool = True,
     say: Say = print,
@@ -177,10 +178,13 @@ def learn_to_decode(
     """Train the decoder on, in place, on latents (n, c, h, w) as a diffusion model makes them; the encoder stays.
 
     Where the model is not sure of a hairline its latents hold half of one. From those the decoder learns to draw a
-    line: too light costs twice what too dark does.
+    line: too light costs twice what too dark does. In the end its weights are `share` (0 to 1) of those learnt and for
+    the rest those before: between two ends of one training the way is level (Wortsman et al. 2022, Robust fine-tuning
+    of zero-shot models, arXiv 2109.01903).
     """
     torch.manual_seed(plan.seed)
     decoder = nn.ModuleDict({"post": model.post_quant_conv, "decoder": model.decoder})
+    before = {name: value.clone() for name, value in decoder.state_dict().items()}
     average = Average(decoder)
 
     def step(_: int, rng: np.random.Generator) -> Tensor:
@@ -194,7 +198,7 @@ def learn_to_decode(
 
     decoder.train()
     train(step, {"decoder": decoder}, plan, checkpoint, averages={"decoder": average}, say=say)
-    decoder.load_state_dict(average.values)
+    decoder.load_state_dict({name: before[name].lerp(value, share) for name, value in average.values.items()})
     decoder.eval()
 
 
