@@ -11,6 +11,7 @@ PYTEST_WORKERS ?= 3
 # Rows of the chaos suite that run at a time: most of them wait most of the time.
 CHAOS_ROWS ?= 4
 
+LINT := $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
 UV := build/lock/bin/uv
 LOCK := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
   --constraint constraints.txt --custom-compile-command 'make lock'
@@ -37,7 +38,7 @@ demo: $(STAMP)  ## render four pictures through the whole farm
 
 # The linters run beside the tests, in the time in which those wait, and say at the end what they found.
 test: $(STAMP)  ## everything: linters, types, import contracts, all tests on real servers
-	@mkdir -p build; $(MAKE) --no-print-directory lint > build/lint.log 2>&1 & lint=$$!; \
+	@mkdir -p build; { $(LINT); } > build/lint.log 2>&1 & lint=$$!; \
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadgroup; tests=$$?; \
 	wait $$lint; linters=$$?; cat build/lint.log; \
 	test $$tests -eq 0 && test $$linters -eq 0 || { echo "tests: exit code $$tests; linters: $$linters" >&2; exit 1; }
@@ -46,10 +47,7 @@ chaos: $(STAMP)  ## the chaos suite at its CI size: kill, freeze, empty, fill an
 	$(BIN)/python -m benchmarks.chaos --size ci --parallel $(CHAOS_ROWS)
 
 lint: $(STAMP)  ## linters, formatting, types, import contracts
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/lint-imports
+	$(LINT)
 
 audit:  ## known faults of what constraints.txt pins (needs the network; in an environment of its own)
 	@test -x build/audit/bin/pip-audit || { $(PYTHON) -m venv build/audit && build/audit/bin/pip install --quiet pip-audit; }

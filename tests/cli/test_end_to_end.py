@@ -61,6 +61,11 @@ def farm(home: Path, demonstration: tuple[Result, set[int]]) -> Iterator[Farm]:
         yield farm
 
 
+def test_the_farm_is_started_once(request: pytest.FixtureRequest) -> None:
+    """Test processes that do not know of the group start one each, and nobody would notice but by the time."""
+    assert "PYTEST_XDIST_WORKER" not in os.environ or request.node.nodeid.endswith("@end-to-end")
+
+
 def test_the_demo(home: Path, demonstration: tuple[Result, set[int]]) -> None:
     result, left = demonstration
     assert result.exit_code == 0, result.output
