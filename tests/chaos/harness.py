@@ -67,7 +67,7 @@ class Chaos:
                 "cache_dir": folder / "cache",
                 "micro_batch": 4,
                 # Two objects for each picture: a crash may come between them.
-                "thumbnail_pixels": 64,
+                "thumbnail_pixels": 32,
                 "database_pool_size": 6,
                 "log_format": "console",
                 "webhook_networks": "127.0.0.0/8",

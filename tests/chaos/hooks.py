@@ -18,7 +18,9 @@ _UNTOLD = text("""
 _OPEN = text("""
     SELECT EXISTS (SELECT FROM webhook_deliveries WHERE delivered_at IS NULL)
         OR EXISTS (SELECT FROM batches b WHERE NOT EXISTS (SELECT FROM webhook_deliveries d WHERE d.batch_id = b.id))
+        OR EXISTS (SELECT FROM counter_deltas)
 """)
+# What is not added up yet may tell of a batch that ended for the second time, after a retry.
 
 
 class Inspector:

@@ -76,7 +76,7 @@ class Device:
     @property
     def micro_batch(self) -> int:
         """Images denoised together unless the settings say otherwise. Measured with crack-tiny on two cores, whose
-        caches hold few weights at once: 16 are rendered in 0.86 to 0.92 of the time of two times 8."""
+        caches hold few weights at once: 16 are rendered in 0.83 to 0.99 of the time of two times 8."""
         return 16 if self.on_cpu else 8
 
     @property

@@ -28,6 +28,8 @@ AHEAD = 8
 RARE = 12
 """One fault in so many is a crash of Postgres, which costs everybody a lease."""
 BROKER_SECONDS = 1.0
+PAUSE = 0.2
+"""Seconds between two looks: counting a hundred thousand jobs more often would take the processor from the workers."""
 
 # The suite's own tables grow with every move of a job.
 _SIZES = """
@@ -142,7 +144,7 @@ def _until_all_are_done(chaos: Chaos, elder: Worker, jobs: int, every: float, sa
             if caught := _one_fault(chaos, elder):
                 frozen.append((time.monotonic() + 2 * lease, caught))
             due = time.monotonic() + every
-        time.sleep(0.05)
+        time.sleep(PAUSE)
 
 
 def _one_fault(chaos: Chaos, elder: Worker) -> Worker | None:
