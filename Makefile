@@ -29,9 +29,8 @@ $(STAMP): pyproject.toml constraints.txt
 	  { echo 'The farm needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 ...' >&2; exit 1; }
 	@$(BIN)/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV) || \
 	  { echo 'Python cannot make a virtual environment here; on Debian: apt-get install python3-venv' >&2; exit 1; }
-	@# --no-compile: Python compiles what it imports, a tenth of what is installed.
 	@echo 'Installing into $(VENV) (once; a few minutes, most of it PyTorch)'
-	$(BIN)/python -m pip install --disable-pip-version-check --no-compile -c constraints.txt -e '.[worker,embedded,test]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[worker,embedded,test]'
 	@rm -f $(VENV)/.installed-* && touch $@
 
 demo: $(STAMP)  ## render four pictures through the whole farm
