@@ -16,6 +16,9 @@ UV := build/lock/bin/uv
 LOCK := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
   --constraint constraints.txt --custom-compile-command 'make lock'
 
+# Python keeps what it compiled, whatever the machine says: a farm is a dozen processes, and the tests start many farms.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help install demo test chaos lint audit lock format up down clean
 

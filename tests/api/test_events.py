@@ -86,7 +86,7 @@ def test_a_reader_goes_on_after_any_event(api: Api) -> None:
 
 
 def test_a_long_history_comes_without_pauses(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(events, "POLL_SECONDS", 2.0)
+    monkeypatch.setattr(events, "POLL_SECONDS", 20.0)
     batch = api.submit(500)
     for _ in range(5):
         api.render(100)
@@ -97,7 +97,7 @@ def test_a_long_history_comes_without_pauses(api: Api, monkeypatch: pytest.Monke
         event = next(found)
         if event.event == "job":
             told.add(event.data["id"])
-    assert time.monotonic() - began < 2.0
+    assert time.monotonic() - began < 20.0, "one pause would take as long"
     found.close()
 
 

@@ -11,7 +11,6 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from farm import families
 from farm.errors import InvalidModel
 from farm.families import KNOWN, template
 from workers.pipelines import original, structure
@@ -128,7 +127,7 @@ def count(module: torch.nn.Module) -> int:
 
 
 def test_a_vae_file_becomes_a_folder(sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(families, "template", lambda _family: originals.template(sd_folder))
+    originals.pretend(monkeypatch, sd_folder)
     stock = AutoencoderKL.from_pretrained(str(sd_folder / "vae"))
     for number, front in enumerate(("", "first_stage_model.")):
         file = tmp_path / f"{number}.safetensors"

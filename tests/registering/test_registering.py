@@ -16,7 +16,7 @@ from PIL import Image, ImageSequence
 from safetensors.torch import load_file, save_file
 from sqlalchemy import text
 
-from farm import catalogue, families, jobs, keys, registrations, submission, uploads
+from farm import catalogue, jobs, keys, registrations, submission, uploads
 from farm.errors import Conflict, InvalidRequest
 from farm.maintenance import Sweeper
 from farm.queries import claiming
@@ -109,7 +109,7 @@ def test_the_same_model_from_s3_and_from_a_folder_is_stored_once(bench: Bench, s
 def test_one_file_becomes_a_folder_that_renders(
     bench: Bench, sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(families, "template", lambda _family: originals.template(sd_folder))
+    originals.pretend(monkeypatch, sd_folder)
     # A toy tokenizer goes with the toy text encoder.
     words = (json.loads((sd_folder.parent / "letters" / "vocab.json").read_text()), "#version: 0.2\n")
     monkeypatch.setattr(original, "clip_vocabulary", lambda: words)
