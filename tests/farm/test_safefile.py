@@ -40,7 +40,7 @@ def test_a_good_file(tmp_path: Path) -> None:
 def _zipped() -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
-        archive.writestr("data.pkl", pickle.dumps({}))
+        archive.writestr(zipfile.ZipInfo("data.pkl"), pickle.dumps({}))
     return buffer.getvalue()
 
 
