@@ -15,12 +15,12 @@ _TOLD = text("SELECT id, batch_id, delivered_at, last_error FROM webhook_deliver
 _UNTOLD = text("""
     SELECT id FROM batches b WHERE NOT EXISTS (SELECT FROM webhook_deliveries d WHERE d.batch_id = b.id) LIMIT 20
 """)
+# What is not added up yet may tell of a batch that ended for the second time, after a retry.
 _OPEN = text("""
     SELECT EXISTS (SELECT FROM webhook_deliveries WHERE delivered_at IS NULL)
         OR EXISTS (SELECT FROM batches b WHERE NOT EXISTS (SELECT FROM webhook_deliveries d WHERE d.batch_id = b.id))
         OR EXISTS (SELECT FROM counter_deltas)
 """)
-# What is not added up yet may tell of a batch that ended for the second time, after a retry.
 
 
 class Inspector:

@@ -109,6 +109,16 @@ def test_a_picture_larger_than_a_thumbnail_has_one(
         assert (image.format, image.size) == ("WEBP", (64, 64))
 
 
+def test_a_renderer_says_how_many_it_takes_where_the_settings_do_not(
+    database: Database, store: Store, settings: Settings, farm: Queue
+) -> None:
+    renderer = StubRenderer()
+    batch = farm.submit(renderer.micro_batch + 2)
+    unset = settings.model_copy(update={"micro_batch": None})
+    assert Executor(database, store, renderer, unset, farm.worker).work_once()
+    assert farm.counts(batch) == {"queued": 2, "succeeded": renderer.micro_batch}
+
+
 def test_no_metadata_on_request(executor: Executor, farm: Queue, store: Store) -> None:
     batch = farm.submit([{"prompt": "a crack", "seed": 7, "metadata": False}])
     executor.work_once()

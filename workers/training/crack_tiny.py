@@ -71,8 +71,8 @@ class Settings:
     decoder_rate: float = 4e-4
     decoder_share: float = 0.9
     """So much of the decoder that went on, the rest of the one before: all of it draws lines so dark that pictures are
-    at 9.50 from painted ones, and not at 9.07, and shows no more hairlines. The most with which the adapter's four
-    steps stay nearer than four of the base (9.29), on 320 prompts that the model card's figures do not use."""
+    at 9.50 from painted ones, and not at 9.07, and shows no more hairlines; four unguided steps of the base are at
+    9.29. Of 320 prompts that the model card's figures do not use."""
     reader_steps: int = 3_000
     reader_rate: float = 1e-3
     sharpen_steps: int = 1_800
