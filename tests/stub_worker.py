@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import structlog
 
 from farm.errors import RenderFailed
 from farm.recipe import Recipe
 from farm.settings import Settings
 from workers.main import run
 from workers.pictures import Pixels
+
+log = structlog.get_logger(__name__)
 
 
 class WarmState(NamedTuple):
@@ -59,6 +62,7 @@ class StubRenderer:
     def render(
         self, staged: str, recipes: Sequence[Recipe], on_step: Callable[[int, int], Collection[int]]
     ) -> list[Pixels | None]:
+        log.info("rendering", jobs=len(recipes))
         steps = recipes[0].steps
         dropped: set[int] = set()
         for step in range(1, steps + 1):

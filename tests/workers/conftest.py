@@ -20,6 +20,9 @@ from farm.maintenance import Sweeper
 from farm.settings import Settings
 from farm.storage import Store
 from tests.farm.conftest import Queue
+from tests.workers.ordered import Ordered
+from workers.executor import Executor
+from workers.exits import Exit
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 60.0
@@ -148,3 +151,17 @@ def farm(database: Database, settings: Settings, store: Store) -> Queue:
 @pytest.fixture
 def ring(settings: Settings) -> Callable[[], None]:
     return lambda: doorbell.ring(settings, settings.pool)
+
+
+@pytest.fixture
+def renderer() -> Ordered:
+    return Ordered()
+
+
+@pytest.fixture
+def executor(
+    database: Database, store: Store, settings: Settings, farm: Queue, renderer: Ordered
+) -> Iterator[Executor]:
+    ended: list[Exit] = []
+    yield Executor(database, store, renderer, settings, farm.worker, end=lambda status, _why: ended.append(status))
+    assert ended == []

@@ -2,7 +2,6 @@
 
 import io
 import json
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from threading import Event, Thread
 from typing import Any
@@ -20,56 +19,15 @@ from farm.settings import Settings
 from farm.states import JobState, Outcome
 from farm.storage import Store
 from tests.farm.conftest import Queue
-from tests.stub_worker import StubRenderer, WarmState, picture
+from tests.stub_worker import StubRenderer, picture
 from tests.workers.conftest import until
+from tests.workers.ordered import Ordered, items, raising
 from workers import storing
 from workers.executor import Executor
 from workers.exits import Exit
 from workers.feed import readable
 from workers.formats import encode
 from workers.leaving import Leaving
-
-
-class Ordered(StubRenderer):
-    """Does what a test orders before each step."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.step_seconds = 0.0
-        self.before_step: Callable[[], None] = lambda: None
-        self.staging: Callable[[], None] = lambda: None
-
-    def _misbehave(self, recipes: Any) -> None:
-        self.before_step()
-
-    def stage(self, recipes: Any, pictures: Any) -> str:
-        self.staging()
-        return super().stage(recipes, pictures)
-
-
-@pytest.fixture
-def renderer() -> Ordered:
-    return Ordered()
-
-
-@pytest.fixture
-def executor(
-    database: Database, store: Store, settings: Settings, farm: Queue, renderer: Ordered
-) -> Iterator[Executor]:
-    ended: list[Exit] = []
-    yield Executor(database, store, renderer, settings, farm.worker, end=lambda status, _why: ended.append(status))
-    assert ended == []
-
-
-def raising(error: Exception) -> Callable[[], None]:
-    def act() -> None:
-        raise error
-
-    return act
-
-
-def items(farm: Queue, batch: Any) -> list[Any]:
-    return farm.do(jobs.list_jobs, farm.project, batch=batch.id).items
 
 
 def test_the_stored_picture_is_the_rendered_one_with_its_recipe(executor: Executor, farm: Queue, store: Store) -> None:
@@ -257,56 +215,6 @@ def test_a_claim_whose_answer_was_lost_is_found_again(
     assert {job.attempt for job in items(farm, batch)} == {1}
 
 
-def test_two_threads_overlap_storing_with_denoising_and_a_third_is_sent_away(
-    executor: Executor, farm: Queue, store: Store, renderer: Ordered, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    batch = farm.submit(8)
-    rendering, release = Event(), Event()
-    real = store.put
-    seen = []
-
-    def slow(*args: Any) -> None:
-        # The first micro-batch is on its way to S3: that must not keep the second from the device.
-        seen.append(rendering.wait(10))
-        release.set()
-        real(*args)
-
-    def second() -> None:
-        if farm.counts(batch).get("running") == 8:
-            rendering.set()
-
-    monkeypatch.setattr(store, "put", slow)
-    renderer.before_step = second
-    threads = [Thread(target=executor.work) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    assert release.wait(10)
-    executor.work()
-    for thread in threads:
-        thread.join(20)
-    assert all(seen)
-    assert farm.counts(batch) == {"succeeded": 8}
-
-
-def test_what_one_thread_holds_is_warm_for_the_next_claim(
-    executor: Executor, farm: Queue, store: Store, renderer: Ordered, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A worker that knows its pace leaves a cold lane to those who run its jobs; here that is the worker itself."""
-    farm.submit(8)
-    monkeypatch.setattr(renderer, "warm_state", lambda: WarmState({}, frozenset()))
-    executor._pace.render.took(0.01)
-    real, claimed, first = store.put, [], iter([True])
-
-    def put(*args: Any) -> None:
-        if next(first, False):
-            claimed.append(executor._claim())
-        real(*args)
-
-    monkeypatch.setattr(store, "put", put)
-    assert executor.work_once()
-    assert [len(one.jobs) for one in claimed] == [4]
-
-
 def test_a_job_under_suspicion_is_alone_in_its_process(executor: Executor, farm: Queue, renderer: Ordered) -> None:
     batch = farm.submit(3)
     farm.do(lambda conn: conn.execute(text("UPDATE jobs SET alone = true")))
@@ -370,34 +278,3 @@ def test_a_result_for_an_old_attempt_is_refused(farm: Queue) -> None:
     late = replace(claimed, jobs=(replace(claimed.jobs[0], attempt=claimed.jobs[0].attempt + 1),))
     assert set(farm.finish(late, Outcome.GIVEN_BACK).values()) == {"lost"}
     assert farm.counts(batch) == {"running": 1}
-
-
-def test_the_next_micro_batch_is_staged_while_the_device_renders(
-    executor: Executor, farm: Queue, renderer: Ordered
-) -> None:
-    """Fetching, verifying and parsing wait for nobody; only what changes the device waits for it."""
-    batch = farm.submit(8)
-    executor._pace.ahead.took(1.0)
-    staged: list[int] = []
-    second = Event()
-    steps: list[bool] = []
-
-    def staging() -> None:
-        staged.append(len(steps))
-        if len(staged) == 2:
-            second.set()
-
-    def before_step() -> None:
-        # The first micro-batch stops before its last step until the second is staged.
-        steps.append(len(steps) < 3 or second.wait(10))
-
-    renderer.staging, renderer.before_step = staging, before_step
-    threads = [Thread(target=executor.work) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    assert farm.counts(batch) == {"succeeded": 8}
-    assert all(steps)
-    assert staged[0] == 0
-    assert 1 <= staged[1] <= 3, "before the first micro-batch had taken its fourth and last step"
