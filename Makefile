@@ -17,6 +17,7 @@ LOCK := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-h
   --constraint constraints.txt --custom-compile-command 'make lock'
 
 # Python keeps what it compiled, whatever the machine says: a farm is a dozen processes, and the tests start many farms.
+# Only what is imported is compiled: most of what PyTorch and its kind bring along never is.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
@@ -33,7 +34,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV) || \
 	  { echo 'Python cannot make a virtual environment here; on Debian: apt-get install python3-venv' >&2; exit 1; }
 	@echo 'Installing into $(VENV) (once; a few minutes, most of it PyTorch)'
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[worker,embedded,test]'
+	$(BIN)/python -m pip install --disable-pip-version-check --no-compile -c constraints.txt -e '.[worker,embedded,test]'
 	@rm -f $(VENV)/.installed-* && touch $@
 
 demo: $(STAMP)  ## render four pictures through the whole farm

@@ -1,6 +1,6 @@
 """The real servers every test runs on: started once per test process, on first use.
 
-What a test asks for decides what it pays: `settings` clones a database (0.1 s), `store` makes a bucket.
+What a test asks for decides what it pays: `settings` empties a database, `store` makes a bucket.
 """
 
 import shutil
@@ -20,6 +20,7 @@ from farm.db import Database, migrate
 from farm.settings import Settings
 from farm.stack import Servers, embedded_servers, settings_from
 from farm.storage import Store
+from tests.databases import Databases
 
 TEMPLATE = "template_farm"
 
@@ -46,14 +47,19 @@ def server_settings(servers: Servers) -> Settings:
     return found
 
 
+@pytest.fixture(scope="session")
+def databases(server_settings: Settings) -> Databases:
+    """The databases of this test process, with what the migrations put there."""
+    return Databases(server_settings, TEMPLATE)
+
+
 @pytest.fixture
-def settings(server_settings: Settings) -> Iterator[Settings]:
+def settings(server_settings: Settings, databases: Databases) -> Iterator[Settings]:
     """Settings with a database of this test's own (migrated and empty), a bucket name and a Redis prefix."""
-    name = f"test_{uuid.uuid4().hex}"
-    administer(server_settings, f"CREATE DATABASE {name} TEMPLATE {TEMPLATE} STRATEGY FILE_COPY")
+    name = databases.take()
     own = with_database(server_settings, name)
     yield own.model_copy(update={"s3_bucket": name.replace("_", "-"), "redis_prefix": f"{name}:"})
-    administer(server_settings, f"DROP DATABASE {name} WITH (FORCE)")
+    databases.give_back(name)
 
 
 @pytest.fixture

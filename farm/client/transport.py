@@ -1,7 +1,9 @@
 """How a call becomes arguments of httpx, the same for the blocking and the asynchronous client."""
 
+import ssl
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
+from functools import cache
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -33,7 +35,13 @@ def storage_options(connection: Connection, timeout: float) -> dict[str, Any]:
 def _common(connection: Connection, timeout: float) -> dict[str, Any]:
     # A proxy from the environment cannot reach the farm of this machine, and must not see its key.
     here = urlsplit(connection.url).hostname in {"127.0.0.1", "::1", "localhost"}
-    return {"timeout": httpx.Timeout(timeout, connect=10.0), "trust_env": not here}
+    return {"timeout": httpx.Timeout(timeout, connect=10.0), "trust_env": not here, "verify": _authorities(not here)}
+
+
+@cache
+def _authorities(trust_env: bool) -> ssl.SSLContext:
+    """Whom TLS trusts. Reading that list takes longer than most requests: once for all clients of a process."""
+    return httpx.create_ssl_context(trust_env=trust_env)
 
 
 def arguments(call: Call[Any]) -> dict[str, Any]:

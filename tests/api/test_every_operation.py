@@ -2,11 +2,9 @@
 
 from contextlib import suppress
 
-import schemathesis
 from hypothesis import HealthCheck, Phase, given
 from hypothesis import settings as effort
 from hypothesis.errors import Unsatisfiable
-from schemathesis import GenerationMode
 
 from tests.api.conftest import Api, operations
 
@@ -15,6 +13,10 @@ EXAMPLES = 3
 
 
 def test_no_operation_fails_whatever_it_is_sent(api: Api) -> None:
+    # Each test process would import it for this one test, which takes seconds.
+    import schemathesis
+    from schemathesis import GenerationMode
+
     headers = {"Authorization": f"Bearer {api.key}"}
     schema = schemathesis.openapi.from_url(f"{api.url}/api/v1/openapi.json", headers=headers)
     answered: dict[str, int] = {}
