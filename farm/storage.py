@@ -10,8 +10,9 @@ from base64 import b64encode
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import quote
 
@@ -41,10 +42,11 @@ PART_BYTES = 64 * 1024 * 1024
 DELETED_AT_ONCE = 1000
 """S3's own limit for one DeleteObjects."""
 MISSING = frozenset({"404", "NoSuchKey", "NotFound"})
+_MAKING = Lock()
 
 
 class Store:
-    """The farm's bucket. Threads share it; clients are made on first use, because making one takes 0.1 s."""
+    """The farm's bucket. Threads share it; clients are made on first use: the first of a process takes 0.1 s."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -190,31 +192,36 @@ class Store:
         return _make_client(self._settings, public) if public else self._client
 
 
+@cache
+def _session() -> boto3.session.Session:
+    """What S3 is, read once a process: for every client anew that takes ten times as long as the client."""
+    return boto3.session.Session()
+
+
 def _make_client(settings: Settings, endpoint: str | None) -> "S3Client":
     secret = settings.s3_secret_access_key
-    # A session of its own: boto3's default session is not safe to use from several threads.
-    session = boto3.session.Session(
-        aws_access_key_id=settings.s3_access_key_id,
-        aws_secret_access_key=secret.get_secret_value() if secret else None,
-        region_name=settings.s3_region,
-    )
-    client = session.client(
-        "s3",
-        endpoint_url=endpoint,
-        config=Config(
-            signature_version="s3v4",
-            connect_timeout=CONNECT_SECONDS,
-            read_timeout=READ_SECONDS,
-            retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
-            max_pool_connections=max(CONNECTIONS, (os.cpu_count() or 1) * 2),
-            tcp_keepalive=True,
-            # A server at an address of its own serves buckets as paths; AWS wants them as host names.
-            s3={"addressing_style": "path" if endpoint else "virtual"},
-            # We name the sha256 of every upload ourselves: no second checksum of botocore's choosing.
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_required",
-        ),
-    )
+    # Clients may be used by several threads; making them may not.
+    with _MAKING:
+        client = _session().client(
+            "s3",
+            endpoint_url=endpoint,
+            aws_access_key_id=settings.s3_access_key_id,
+            aws_secret_access_key=secret.get_secret_value() if secret else None,
+            region_name=settings.s3_region,
+            config=Config(
+                signature_version="s3v4",
+                connect_timeout=CONNECT_SECONDS,
+                read_timeout=READ_SECONDS,
+                retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
+                max_pool_connections=max(CONNECTIONS, (os.cpu_count() or 1) * 2),
+                tcp_keepalive=True,
+                # A server at an address of its own serves buckets as paths; AWS wants them as host names.
+                s3={"addressing_style": "path" if endpoint else "virtual"},
+                # We name the sha256 of every upload ourselves: no second checksum of botocore's choosing.
+                request_checksum_calculation="when_required",
+                response_checksum_validation="when_required",
+            ),
+        )
     # Asking "may I send?" first is a round trip per picture, and the answer is always yes.
     client.meta.events.register_last("before-call.s3.PutObject", _expect_nothing)
     return client
