@@ -92,6 +92,8 @@ def run(part: str, faults: Faults, history: Path | None) -> int:
                 return _sweeper()
             case "engine":
                 worker_main.run()
+            case "stub":
+                worker_main.run(StubRenderer)
             case _:
                 told = None if history is None else History(history, f"worker {os.environ['FARM_WORKER_ID']}")
                 worker_main.run(lambda settings, fetch: Renderer(settings, fetch, told, faults))

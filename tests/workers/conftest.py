@@ -1,8 +1,6 @@
 """Worker processes with the stub renderer, a sweeper, and timers scaled down."""
 
-import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +17,8 @@ from farm.db import Database
 from farm.maintenance import Sweeper
 from farm.settings import Settings
 from farm.storage import Store
+from tests.chaos.faults import Faults
+from tests.chaos.processes import Process
 from tests.farm.conftest import Queue
 from tests.workers.ordered import Ordered
 from workers.executor import Executor
@@ -71,32 +71,27 @@ def environment_of(settings: Settings) -> dict[str, str]:
 
 
 class WorkerProcess:
-    """One stub worker; `log` is where it writes."""
+    """One stub worker; `log` is where it writes. Forked from a process that has imported everything."""
 
     def __init__(self, settings: Settings, log: Path, **knobs: str) -> None:
+        self._process = Process("stub", {**environment_of(settings), **knobs}, log, Faults())
+        self.pid = self._process.pid
         self.log = log
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("FARM_", "STUB_"))}
-        with log.open("wb") as file:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "tests.stub_worker"],
-                env={**kept, **environment_of(settings), **knobs},
-                cwd=ROOT,
-                stderr=file,
-                stdout=file,
-            )
 
     def signal(self, number: int) -> None:
-        self.process.send_signal(number)
+        self._process.send(number)
 
     def wait(self, seconds: float = SECONDS) -> int:
-        return self.process.wait(seconds)
+        status = self._process.wait(seconds)
+        assert status is not None, "it did not end in time"
+        return status
 
     def said(self, words: str) -> bool:
-        return words in self.log.read_text()
+        return self._process.said(words)
 
     @property
     def alive(self) -> bool:
-        return self.process.poll() is None
+        return self._process.alive
 
 
 Start = Callable[..., WorkerProcess]
@@ -118,7 +113,7 @@ def start(settings: Settings, store: Store, tmp_path: Path) -> Iterator[Start]:
     for worker in started:
         if worker.alive:
             worker.signal(signal.SIGCONT)
-            worker.process.kill()
+            worker.signal(signal.SIGKILL)
         worker.wait()
         sys.stdout.write(worker.log.read_text())
 

@@ -46,7 +46,7 @@ def test_jobs_of_a_killed_worker_run_elsewhere(farm: Queue, start: Start, sweepe
     batch = farm.submit(4)
     doomed = start(STUB_STEP_SECONDS="30")
     until(lambda: farm.counts(batch) == {"running": 4})
-    doomed.process.kill()
+    doomed.signal(signal.SIGKILL)
     start()
     until(lambda: all_succeeded(farm, batch, 4))
 
@@ -243,7 +243,7 @@ def test_flower_sees_micro_batches_and_cannot_stop_the_worker(farm: Queue, start
 def test_a_worker_tells_of_itself_and_says_goodbye(farm: Queue, start: Start) -> None:
     worker = start()
     (told,) = until(lambda: [one for one in farm.do(jobs.workers) if one.state == "idle"])
-    assert (told.pid, told.device, told.pool) == (worker.process.pid, "stub", "default")
+    assert (told.pid, told.device, told.pool) == (worker.pid, "stub", "default")
     batch = farm.submit(1)
     until(lambda: all_succeeded(farm, batch, 1))
     until(lambda: farm.do(jobs.workers)[0].warm)
