@@ -132,6 +132,8 @@ def _beside(
 
 def _adapter(path: Path, wanted: Mapping[str, Any], checkpoints: Sequence[CheckpointView], fetch: Fetch) -> FoundModel:
     found = read_adapter(path)
+    # Before any family's layers are made: what no checkpoint could take is refused for that alone.
+    adapters.check_keys(path)
     candidates = _candidates(wanted.get("family"), checkpoints, fetch)
     width = found.profile.get("cross_attention_dim")
     likely = {family: one for family, one in candidates.items() if width is None or one.width == width}

@@ -26,7 +26,7 @@ from huggingface_hub.errors import (
 )
 
 from farm.errors import IntegrityFailed, InvalidModel, NotFound, Unavailable
-from farm.modelfiles import choose
+from farm.modelchoice import choose
 from farm.modelkinds import ModelKind
 from farm.settings import Settings
 from farm.sources import Source
