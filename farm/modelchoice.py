@@ -100,10 +100,10 @@ def _adapter_files(listing: Mapping[str, int]) -> dict[str, str]:
         if f"{part}adapter_config.json" in mine or part:
             weights = [path for path in mine if path.endswith(".safetensors")]
             if mine and not weights:
-                pickled = next((path for path in mine if path.endswith(PICKLES)), None)
-                if pickled:
+                unsafe = next((path for path in mine if path.endswith(PICKLES)), None)
+                if unsafe:
                     raise InvalidModel(
-                        f"{pickled}: this is a pickle, which is never loaded; a PEFT folder holds its factors as "
+                        f"{unsafe}: this is a pickle, which is never loaded; a PEFT folder holds its factors as "
                         f"{part}adapter_model.safetensors"
                     )
                 raise InvalidModel(f"{part or './'}: there is no .safetensors file; a PEFT folder has one")

@@ -5,6 +5,12 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+from pydantic import ValidationError
+
+from farm.fields import problems_of
+from farm.jobspec import JobSpec
+
 ROOT = Path(__file__).parents[2]
 PLACES = ("farm", "workers/pipelines", "workers/registering", "workers/sources.py", "workers/modelstore.py")
 GAP = "…"
@@ -93,3 +99,14 @@ def test_every_refusal_has_its_row() -> None:
     assert len(said) > 110
     assert {"this is for another model family", "the SDXL refiner is not supported", "is missing from the file"} < said
     assert [one for one in sorted(said) if not any(all(piece in one for piece in row) for row in rows)] == []
+
+
+def test_the_limits_of_a_jobs_adapters_stand_there_with_what_is_said_beyond_them() -> None:
+    told = (ROOT / "docs/models.md").read_text("utf-8").split("## Adapters of a job")[1]
+    for uses in ([{"name": "a"}] * 17, [{"name": "a", "weight": 10.5}], [{"name": "a", "weight": -10.5}]):
+        with pytest.raises(ValidationError) as caught:
+            JobSpec.model_validate({"prompt": "x", "adapters": uses})
+        (problem,) = problems_of(caught.value)
+        assert f"`{problem['field']}`" in told
+        assert problem["problem"].removeprefix("Input should be ") in told
+    JobSpec.model_validate({"prompt": "x", "adapters": [{"name": "a", "weight": w} for w in (-10, 10, *[0.5] * 14)]})
