@@ -79,9 +79,10 @@ def _checkpoint(path: Path, wanted: Mapping[str, Any], scratch: Path) -> FoundMo
     folder, family = path, wanted.get("family")
     if path.is_file():
         folder = scratch / "diffusers"
-        told = original.convert(path, folder)
+        told = original.family_of(path)
         if family is not None and family != told:
             raise InvalidModel(f"{path.name}: this is {told}, not {family}")
+        original.convert(path, folder)
     check_folder(folder)
     structure.check_weights(folder)
     return read_checkpoint(folder, family=family, changes=wanted.get("profile"), scratch=scratch)
