@@ -11,6 +11,8 @@ from farm.recipe import MAX_FRAMES, MAX_SEED
 MAX_COUNT = 10_000
 MAX_STEPS = 100
 MAX_CONTROLS = 4
+MAX_ADAPTERS = 16
+MAX_WEIGHT = 10.0
 
 Scheduler = Literal[
     "lcm",
@@ -35,7 +37,7 @@ class AdapterSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     name: Name
-    weight: Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False)] = 1.0
+    weight: Annotated[float, Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT, allow_inf_nan=False)] = 1.0
 
 
 class ControlSpec(BaseModel):
@@ -72,7 +74,9 @@ class JobSpec(BaseModel):
     prompt: Prompt
     negative_prompt: NegativePrompt = ""
     checkpoint: Name | None = None
-    adapters: Annotated[list[Annotated[AdapterSpec, at_most(MAX_FIELDS)]], at_most(16), Field(max_length=16)] = []
+    adapters: Annotated[
+        list[Annotated[AdapterSpec, at_most(MAX_FIELDS)]], at_most(MAX_ADAPTERS), Field(max_length=MAX_ADAPTERS)
+    ] = []
     acceleration: Literal["lcm-lora", "none"] = "lcm-lora"
     vae: Name | None = None
     width: Annotated[int, Field(ge=8, le=8192, multiple_of=8)] | None = None

@@ -156,7 +156,7 @@ class Moved:
     """Stands for a loaded pipeline of 10 bytes; knows where it is."""
 
     load_seconds = 0.5
-    bytes = 10
+    bytes = host_bytes = 10
 
     def __init__(self, checkpoint: str) -> None:
         self.checkpoint = checkpoint
@@ -166,7 +166,8 @@ class Moved:
     def move(self, device: torch.device) -> None:
         self.place = str(device)
 
-    def park(self) -> None:
+    def park(self, room: int) -> None:
+        assert room > 0
         self.parking()
         self.move(CPU)
 

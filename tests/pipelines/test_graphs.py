@@ -118,7 +118,7 @@ def test_what_leaves_the_device_takes_its_graphs_along(pipeline: Pipeline) -> No
     x = torch.randn(2, 4)
     compiled(compiler, pipeline, x)
     ask(compiler, pipeline, x)
-    pipeline.park()
+    pipeline.park(0)
     assert (compiler.told()["ready"], compiler.told()["graphs"]) == (1, 0), "what is compiled finds its weights again"
     ask(compiler, pipeline, x)
     assert compiler.told()["graphs"] == 1

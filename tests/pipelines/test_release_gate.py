@@ -17,8 +17,10 @@ import pytest
 
 from farm.recipe import Recipe
 from tests.workers.conftest import ROOT
+from workers.pipelines import structure
 from workers.pipelines.engine import Engine
 
+from . import toys
 from .conftest import Fetch, farm_settings, go_on, recipe
 
 LEVELS = 1
@@ -77,6 +79,29 @@ def test_the_same_recipe_gives_the_same_picture(fetch: Fetch, model: str) -> Non
         render(engine, [wanted(model, steps=1, adapters=[{"hash": f"{mark}{style}", "weight": weight}])])
     assert apart(alone, [render(engine, [one])[0] for one in recipes]) == 0, "after 20 swaps, bit for bit"
     assert apart(together[3][:3], render(engine, recipes[:3])) == 0
+
+
+def test_the_pruned_unet_gives_the_same_picture(tmp_path: Path) -> None:
+    """SSD-1B's: three pictures alone, together, in another order, beside other adapters (in slots), and after swaps."""
+    folder = toys.ssd1b(tmp_path)
+    layers = {name.removesuffix(".weight"): shape for name, shape in structure.folder_shapes(folder).items()}
+    attention = {name: shape for name, shape in layers.items() if name.startswith("unet.") and ".attn" in name}
+    places = {"ssd-1b": folder}
+    for seed, name in enumerate(("fast", "style", "words"), 1):
+        places[name] = toys.kohya(tmp_path / f"{name}.safetensors", toys.changes(attention, seed=seed))
+    engine = Engine(farm_settings(micro_batch=8), places.__getitem__)
+    recipes = [wanted("ssd-1b", number=number) for number in range(3)]
+    others = [wanted("ssd-1b", "words", number=100 + number) for number in range(3)]
+    alone = [render(engine, [one])[0] for one in recipes]
+    assert apart(alone[:1], alone[1:2]) > 20, "different recipes, different pictures"
+    assert apart(alone[:1], render(engine, [wanted("ssd-1b", adapters=[])])) > LEVELS, "the style is seen"
+    mixed = render(engine, [*recipes, *others])
+    assert engine.warm()[-1]["slots"], "slots were used"
+    for beside in (render(engine, recipes), render(engine, recipes[::-1])[::-1], mixed[:3]):
+        assert apart(alone, beside) <= LEVELS
+    for other in others:
+        render(engine, [other])
+    assert apart(alone, [render(engine, [one])[0] for one in recipes]) == 0, "after swaps, bit for bit"
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

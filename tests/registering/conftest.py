@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,16 +12,19 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
-from farm import catalogue, holding, registrations
+from farm import catalogue, holding, jobs, keys, registrations, submission, uploads
 from farm.db import Database
 from farm.ids import new_id
 from farm.modelfiles import read_raw
+from farm.queries import claiming
 from farm.settings import Settings
 from farm.storage import Store
 from farm.views import RegistrationView
 from tests.pipelines import toys
 from tests.registering.hub import Hub, serving
+from workers import formats
 from workers.executor import Executor
 from workers.leaving import Leaving
 from workers.modelstore import ModelStore
@@ -113,6 +118,31 @@ def bench(database: Database, store: Store, settings: Settings, tmp_path: Path) 
     yield_bench = Bench(database, store, own, registrar, engine, executor, leaving)
     shutil.rmtree(tmp_path / "cache" / "registering", ignore_errors=True)
     return yield_bench
+
+
+def project(bench: Bench) -> Any:
+    made = bench.do(keys.create_key, project="cracks", name="test", scopes=["admin"])
+    return bench.do(keys.authenticate, made.key).project_id
+
+
+def render(bench: Bench, **fields: Any) -> tuple[Any, dict[str, Any]]:
+    """Render a job through queue, worker and store; the job and what its picture says of itself."""
+    mine = project(bench)
+    known = bench.do(catalogue.load, bench.store)
+    row = {"prompt": "A single split crack on a concrete wall", "seed": 1, "steps": 2, **fields}
+    now = bench.do(claiming.database_now)
+    sent = uploads.Known(lambda hashes: bench.do(uploads.sizes, mine, hashes))
+    with submission.prepare(
+        [row], defaults={}, catalogue=known, settings=bench.settings, name="one", now=now, uploads=sent
+    ) as prepared:
+        batch = bench.do(jobs.submit, prepared, project_id=mine, pool=bench.settings.pool)
+    assert bench.executor.work_once()
+    (job,) = bench.do(jobs.list_jobs, mine, batch=batch.id).items
+    assert job.state == "succeeded", job.error
+    with Image.open(io.BytesIO(bench.store.get(bench.do(jobs.image_of, mine, job.id).key))) as image:
+        image.load()
+        told = image.info.get("farm") or image.getexif()[formats.DESCRIPTION]
+        return job, json.loads(told)
 
 
 def _never(status: object, why: str) -> None:

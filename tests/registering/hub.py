@@ -21,6 +21,8 @@ class Hub:
         self.asked: list[str] = []
         self.lying: set[str] = set()
         """Files whose announced sha256 is not theirs."""
+        self.gated: set[str] = set()
+        """Repositories that tell what they hold and give it only to those who accepted their terms."""
         self.down = False
         hub = self
 
@@ -49,6 +51,9 @@ class Hub:
                 self.send(handler, 200, orjson.dumps(self.information(name, folder)))
                 return
             front = f"/{name}/resolve/{COMMIT}/"
+            if path.startswith(front) and name in self.gated:
+                self.send(handler, 401, b"{}", {"X-Error-Code": "GatedRepo"})
+                return
             if path.startswith(front) and (folder / path.removeprefix(front)).is_file():
                 data = (folder / path.removeprefix(front)).read_bytes()
                 etag = hashlib.sha256(data).hexdigest()

@@ -16,23 +16,16 @@ from PIL import Image, ImageSequence
 from safetensors.torch import load_file, save_file
 from sqlalchemy import text
 
-from farm import catalogue, jobs, keys, registrations, submission, uploads
+from farm import catalogue, jobs, registrations, uploads
 from farm.errors import Conflict, InvalidRequest
 from farm.maintenance import Sweeper
-from farm.queries import claiming
 from farm.storage import Store
 from tests.pipelines import originals, toys
-from tests.registering.conftest import PROFILE, Bench
+from tests.registering.conftest import PROFILE, Bench, project, render
 from tests.registering.hub import COMMIT, Hub
-from workers import formats
 from workers.pipelines import original
 
 pytestmark = pytest.mark.timeout(300)
-
-
-def project(bench: Bench) -> Any:
-    made = bench.do(keys.create_key, project="cracks", name="test", scopes=["admin"])
-    return bench.do(keys.authenticate, made.key).project_id
 
 
 def sha256_of(bench: Bench, job: Any) -> str:
@@ -40,26 +33,6 @@ def sha256_of(bench: Bench, job: Any) -> str:
     key = bench.do(jobs.image_of, project(bench), job.id).key
     with Image.open(io.BytesIO(bench.store.get(key))) as image:
         return sha256(image.tobytes()).hexdigest()
-
-
-def render(bench: Bench, **fields: Any) -> tuple[Any, dict[str, Any]]:
-    """Render a job through queue, worker and store; the job and what its picture says of itself."""
-    mine = project(bench)
-    known = bench.do(catalogue.load, bench.store)
-    row = {"prompt": "A single split crack on a concrete wall", "seed": 1, "steps": 2, **fields}
-    now = bench.do(claiming.database_now)
-    sent = uploads.Known(lambda hashes: bench.do(uploads.sizes, mine, hashes))
-    with submission.prepare(
-        [row], defaults={}, catalogue=known, settings=bench.settings, name="one", now=now, uploads=sent
-    ) as prepared:
-        batch = bench.do(jobs.submit, prepared, project_id=mine, pool=bench.settings.pool)
-    assert bench.executor.work_once()
-    (job,) = bench.do(jobs.list_jobs, mine, batch=batch.id).items
-    assert job.state == "succeeded", job.error
-    with Image.open(io.BytesIO(bench.store.get(bench.do(jobs.image_of, mine, job.id).key))) as image:
-        image.load()
-        told = image.info.get("farm") or image.getexif()[formats.DESCRIPTION]
-        return job, json.loads(told)
 
 
 def test_a_hub_checkpoint_ends_in_a_picture_that_names_its_commit(bench: Bench, hub: Hub, sd_folder: Path) -> None:
@@ -106,8 +79,21 @@ def test_the_same_model_from_s3_and_from_a_folder_is_stored_once(bench: Bench, s
     store.delete_many(store.listing("", 1000))
 
 
+def elsewhere(bench: Bench, hub: Hub, file: Path) -> tuple[str, str]:
+    """Sources of the same file in S3 and in a repository, beside others that must not be taken."""
+    place = f"shelf/{file.name}"
+    for key in (place, f"{place}.bak", "shelf/other.safetensors"):
+        bench.store.put(key, file.read_bytes(), "application/octet-stream", catalogue_sha(file))
+    repository = file.parent / f"{file.stem}-repository"
+    for name in (place, "shelf/other.safetensors", "model.safetensors"):
+        (repository / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, repository / name)
+    hub.repositories[f"toys/{file.stem}"] = repository
+    return f"s3://{bench.store.bucket}/{place}", f"hf:toys/{file.stem}@{COMMIT}/{place}"
+
+
 def test_one_file_becomes_a_folder_that_renders(
-    bench: Bench, sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bench: Bench, hub: Hub, sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     originals.pretend(monkeypatch, sd_folder)
     # A toy tokenizer goes with the toy text encoder.
@@ -117,6 +103,8 @@ def test_one_file_becomes_a_folder_that_renders(
     ended = bench.add("wall", file, profile=PROFILE)
     _, told = render(bench, checkpoint="wall", acceleration="none")
     assert told["models"] == [{"name": "wall", "sha256": ended.hash, "source": "local:wall-v3.safetensors"}]
+    for number, source in enumerate(elsewhere(bench, hub, file)):
+        assert bench.end(bench.ask(f"wall-{number}", source, profile=PROFILE)).hash == ended.hash
     kept = bench.do(lambda conn: conn.execute(text("SELECT DISTINCT hash FROM model_files")).scalars().all())
     assert kept == [ended.hash], "the file itself is not kept beside the folder"
 
@@ -141,6 +129,11 @@ def test_adapters_find_their_family_and_render(
         adapters=[{"name": "rust", "weight": 1.5}, {"name": "peft", "weight": -0.5}],
     )  # fmt: skip
     assert plain.image.sha256 != styled.image.sha256
+    for number, source in enumerate(elsewhere(bench, hub, file)):
+        same = bench.end(bench.ask(f"rust-{number}", source, "style"))
+        assert (same.state, same.family) == ("available", checkpoint.family)
+        (view,) = (one for one in bench.do(catalogue.list_adapters) if one.name == same.name)
+        assert (view.source["source"], view.source["file_sha256"]) == (source, catalogue_sha(file))
     assert [one["name"] for one in told["models"]] == ["toy", "lcm", "rust", "peft"]
     assert told["models"][1]["revision"] == COMMIT
     assert told["models"][2]["file_sha256"] == catalogue_sha(file)

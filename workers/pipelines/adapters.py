@@ -83,6 +83,16 @@ def read_adapter(
     return Adapter(adapter, factors)
 
 
+def check_keys(path: Path) -> None:
+    """Every key of an adapter file or folder is spelt as one of a method that can be applied, to whatever checkpoint.
+
+    Read from the headers alone. Raises InvalidModel with file, key and reason.
+    """
+    for source in _sources(path):
+        for key in read_header(source.path).tensors:
+            _spelling(source, key)
+
+
 def _sources(path: Path) -> Iterator[_Source]:
     if path.is_file():
         header = read_header(path)
@@ -93,7 +103,9 @@ def _sources(path: Path) -> Iterator[_Source]:
     folders = [path / name for name in sorted(PART_FOLDERS) if (path / name).is_dir()] or [path]
     for folder in folders:
         files = sorted(folder.glob("*.safetensors"))
-        if len(files) != 1:
+        if not files:
+            raise InvalidModel(f"{path.name}: {folder.name} holds no .safetensors file; an adapter's folder has one")
+        if len(files) > 1:
             raise InvalidModel(f"{path.name}: {folder.name} holds {len(files)} .safetensors files, one is expected")
         config_file = folder / "adapter_config.json"
         part = PART_FOLDERS.get(folder.name, "unet" if config_file.exists() else "") if folder != path else ""
@@ -148,12 +160,7 @@ def _read_file(
 
 def _resolve(source: _Source, key: str, aliases: Mapping[str, str]) -> tuple[str, str]:
     """Canonical weight name and slot (down, up, alpha) of one key."""
-    for pattern, reason in REFUSED:
-        if pattern.search(key):
-            raise InvalidModel(f"{source.path.name}: {key}: {reason}")
-    match = FACTOR_KEYS.match(key)
-    if match is None:
-        raise InvalidModel(f"{source.path.name}: {key}: not a LoRA key in kohya, diffusers or PEFT spelling")
+    match = _spelling(source, key)
     slot = "alpha" if match["alpha"] else SLOTS[match["kohya"] or match["peft"] or match["old"]]
     layer = match["layer"].removeprefix("base_model.model.")
     layer = re.sub(r"\.processor(?=[._])", "", layer)
@@ -164,6 +171,17 @@ def _resolve(source: _Source, key: str, aliases: Mapping[str, str]) -> tuple[str
     raise InvalidModel(
         f"{source.path.name}: {key}: the checkpoint has no such layer; is this adapter made for another base family?"
     )
+
+
+def _spelling(source: _Source, key: str) -> re.Match[str]:
+    """A key taken apart by `FACTOR_KEYS`."""
+    for pattern, reason in REFUSED:
+        if pattern.search(key):
+            raise InvalidModel(f"{source.path.name}: {key}: {reason}")
+    match = FACTOR_KEYS.match(key)
+    if match is None:
+        raise InvalidModel(f"{source.path.name}: {key}: not a LoRA key in kohya, diffusers or PEFT spelling")
+    return match
 
 
 def _check_shapes(

@@ -188,7 +188,7 @@ class Residents:
         for other in others:
             if excess > 0 and self._waits and other.on_device:
                 with other.loading:
-                    other.loaded.park()
+                    other.loaded.park(self._shelf.limit)
                     with self._lock:
                         other.on_device = False
                         # Its micro-batch may have been given up meanwhile.
@@ -208,7 +208,7 @@ class Residents:
                 if not self._waits:
                     self._forget(entry)
                     return True
-            entry.loaded.park()
+            entry.loaded.park(self._shelf.limit)
             with self._lock:
                 entry.on_device = False
                 self._put_away(entry)
@@ -218,8 +218,8 @@ class Residents:
         """Under the lock: what nobody uses and is not on the device waits on the shelf, unless it is larger."""
         if entry.users <= 0 and not entry.on_device and self._entries.get(entry.checkpoint) is entry:
             del self._entries[entry.checkpoint]
-            if self._waits and entry.pipeline is not None and entry.pipeline.bytes <= self._shelf.limit:
-                self._shelf.put(("checkpoint", entry.checkpoint), entry.pipeline, entry.pipeline.bytes)
+            if self._waits and entry.pipeline is not None and (size := entry.pipeline.host_bytes) <= self._shelf.limit:
+                self._shelf.put(("checkpoint", entry.checkpoint), entry.pipeline, size)
 
     def _found(self, checkpoint: str, load: Callable[[], Pipeline]) -> Pipeline:
         waiting: Pipeline | None = self._shelf.pop(("checkpoint", checkpoint))

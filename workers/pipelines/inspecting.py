@@ -79,9 +79,10 @@ def _checkpoint(path: Path, wanted: Mapping[str, Any], scratch: Path) -> FoundMo
     folder, family = path, wanted.get("family")
     if path.is_file():
         folder = scratch / "diffusers"
-        told = original.convert(path, folder)
+        told = original.family_of(path)
         if family is not None and family != told:
             raise InvalidModel(f"{path.name}: this is {told}, not {family}")
+        original.convert(path, folder)
     check_folder(folder)
     structure.check_weights(folder)
     return read_checkpoint(folder, family=family, changes=wanted.get("profile"), scratch=scratch)
@@ -132,6 +133,8 @@ def _beside(
 
 def _adapter(path: Path, wanted: Mapping[str, Any], checkpoints: Sequence[CheckpointView], fetch: Fetch) -> FoundModel:
     found = read_adapter(path)
+    # Before any family's layers are made: what no checkpoint could take is refused for that alone.
+    adapters.check_keys(path)
     candidates = _candidates(wanted.get("family"), checkpoints, fetch)
     width = found.profile.get("cross_attention_dim")
     likely = {family: one for family, one in candidates.items() if width is None or one.width == width}

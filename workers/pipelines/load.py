@@ -29,6 +29,7 @@ from farm.safefile import read_header
 from workers.pipelines.factors import UNET
 from workers.pipelines.merge import Merger
 from workers.pipelines.patching import LOADING
+from workers.pipelines.pinned import pin, taken
 from workers.pipelines.programs import Program
 from workers.pipelines.prompts import PromptCache
 from workers.pipelines.slots import Slots
@@ -125,8 +126,9 @@ class Pipeline:
         for key in [key for key, program in tuple(self.programs.items()) if program.slotted]:
             del self.programs[key]
 
-    def park(self) -> None:
-        """To host memory, as the checkpoint has it; pinned where there is a GPU, so that it comes back faster."""
+    def park(self, room: int) -> None:
+        """To host memory, as the checkpoint has it; pinned where there is a GPU, so that it comes back faster, unless
+        that takes more than `room` bytes."""
         self.merger.clear()
         self.clear_slots()
         for program in tuple(self.programs.values()):
@@ -134,16 +136,18 @@ class Pipeline:
             program.let_go()
             program.weighed = False
         self.move(torch.device("cpu"))
-        if torch.cuda.is_available():
-            for module in self.modules():
-                for tensor in _tensors(module):
-                    tensor.data = tensor.data.pin_memory()
+        pin((tensor for module in self.modules() for tensor in _tensors(module)), room)
 
     @property
     def bytes(self) -> int:
         """Bytes of all weights, buffers, pristine copies and slots, each storage counted once."""
         others = sum(measured(_tensors(one)) for one in (*self.vaes.values(), *self.nets.values()))
         return self._own_bytes + others + self.merger.bytes + self.slots.bytes
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of host memory that it takes where it waits there."""
+        return taken(tensor for module in self.modules() for tensor in _tensors(module))
 
     @property
     def bare_bytes(self) -> int:

@@ -26,7 +26,7 @@ from huggingface_hub.errors import (
 )
 
 from farm.errors import IntegrityFailed, InvalidModel, NotFound, Unavailable
-from farm.modelfiles import choose
+from farm.modelchoice import choose
 from farm.modelkinds import ModelKind
 from farm.settings import Settings
 from farm.sources import Source
@@ -118,6 +118,8 @@ class _Bucket:
         path = self._source.path
         prefix = path if self._source.is_file else f"{path}/"
         try:
+            # A bucket that is not there is an outage to the farm's own store, and a wrong name here.
+            self._store.check()
             found = self._store.listing(prefix, MOST_FILES)
         except NotFound as error:
             raise InvalidModel(f"{self._source.text}: there is no bucket {self._source.place}") from error
