@@ -13,6 +13,7 @@ from farm.cli.display import Bar, json_line
 from farm.cli.exits import Exit
 from farm.cli.local import Occasion, some_farm
 from farm.cli.options import DATA_DIR, Adapters, AsJson, Controls, DataDir, adapters_of, controls_of, size_of
+from farm.cli.uploads import send
 from farm.errors import InvalidRequest
 from farm.formats import KINDS, Format, format_of
 from farm.states import JobState
@@ -115,7 +116,7 @@ def _sent(farm: "Farm", fields: dict[str, Any]) -> dict[str, Any]:
     """The fields with every picture that is a file here sent, and named by its hash."""
 
     def named(picture: str) -> str:
-        return picture if HASH.fullmatch(picture) else farm.upload(Path(picture)).hash
+        return picture if HASH.fullmatch(picture) else send(farm, Path(picture)).hash
 
     sent = {name: named(value) if name in {"image", "mask"} else value for name, value in fields.items()}
     if "controls" in fields:

@@ -2,13 +2,18 @@
 
 from itertools import islice
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from farm.cli.batches import Limit
 from farm.cli.display import ago, json_line, size, table
 from farm.cli.options import DATA_DIR, AsJson, DataDir, connect
+from farm.errors import FarmError
+
+if TYPE_CHECKING:
+    from farm.client import Farm
+    from farm.views import UploadView
 
 uploads = typer.Typer(help="Pictures that jobs start from or follow.", no_args_is_help=True)
 
@@ -23,11 +28,20 @@ def upload(
     """Send pictures and print the hash that jobs name each by: as image, mask or controls."""
     with connect(data_dir) as farm:
         for file in files:
-            sent = farm.upload(file)
+            sent = send(farm, file)
             if as_json:
                 json_line({**sent.model_dump(mode="json"), "file": str(file)})
             else:
                 typer.echo(sent.hash if len(files) == 1 else f"{sent.hash}  {file}")
+
+
+def send(farm: "Farm", file: Path) -> "UploadView":
+    """Send one of several pictures; says which one, where that fails."""
+    try:
+        return farm.upload(file)
+    except FarmError:
+        typer.echo(f"{file} could not be sent:", err=True)
+        raise
 
 
 @uploads.command("list")

@@ -1,5 +1,6 @@
 """The command line against a whole farm, with the default model: first the demo, then a farm that stays."""
 
+import hashlib
 import os
 import re
 import shutil
@@ -7,15 +8,18 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import orjson
 import psutil
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 from typer.testing import CliRunner, Result
 
 from farm.cli.app import app
 from farm.cli.exits import Exit
 from farm.models import SCHEMA_VERSION
+from farm.painter import Scene, paint
 from farm.stack import running
 from farm.stack.stack import Stack
 
@@ -119,6 +123,74 @@ def test_submit_watch_and_download(home: Path, farm: Farm) -> None:
     assert "line 3: steps" in refused.stderr
     assert farm("delete", batch, "--yes").exit_code == 0
     assert farm("watch", batch).exit_code == Exit.NOT_FOUND
+
+
+def _pixels(path: Path) -> NDArray[np.int16]:
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB")).astype(np.int16)
+
+
+def test_pictures_from_pictures(home: Path, farm: Farm) -> None:
+    """Each is sent, named by jobs of every route, drawn from, listed, and removed once no job names it."""
+    wall = paint(Scene("white", direction="none"), 128, 128, 1).picture
+    crack = paint(Scene("concrete", "vertical", "wide"), 128, 128, 2).mask
+    half = np.zeros((128, 128), np.uint8)
+    half[:, 64:] = 255
+    for name, pixels in {"wall": wall, "crack": crack * np.uint8(255), "half": half}.items():
+        Image.fromarray(pixels).save(home / f"{name}.png")
+    hashes = {name: hashlib.sha256((home / f"{name}.png").read_bytes()).hexdigest() for name in ("wall", "crack")}
+    sent = farm("upload", "wall.png", "crack.png")
+    assert sent.stdout.splitlines() == [f"{hash_}  {name}.png" for name, hash_ in hashes.items()], sent.output
+
+    batches: list[str] = []
+
+    def rendered(*arguments: object) -> NDArray[np.int16]:
+        result = farm("render", "A crack on a concrete wall", "--seed", 3, *arguments, "--out", "from", "--json")
+        assert result.exit_code == 0, result.output
+        told = orjson.loads(result.stdout)
+        batches.append(told["job"]["batch_id"])
+        return _pixels(home / told["path"])
+
+    # By hash, by file and by both; the file that was not sent before is sent on the way.
+    anew = rendered("--image", hashes["wall"], "--strength", 0.25)
+    inpainted = rendered("--image", "wall.png", "--mask", "half.png")
+    followed = rendered("--control", "crack-tiny-mask=crack.png")
+    source = wall.astype(np.int16)
+    assert 0 < np.abs(anew - source).mean() < np.abs(followed - source).mean(), "a quarter drawn anew is like it"
+    assert np.array_equal(inpainted[:, :64], source[:, :64])
+    assert not np.array_equal(inpainted[:, 64:], source[:, 64:])
+    assert followed[crack].mean() < followed[~crack].mean() - 10, "dark where the mask is white"
+
+    rows = [
+        {"prompt": "A crack", "seed": 3, "image": hashes["wall"], "mask": hashes["crack"]},
+        {"prompt": "A crack", "seed": 3, "controls": [{"name": "crack-tiny-mask", "image": hashes["crack"]}]},
+    ]
+    lines = b"\n".join(map(orjson.dumps, rows)).decode()
+    submitted = farm("submit", "-", "--format", "ndjson", "--json", stdin=lines)
+    assert submitted.exit_code == 0, submitted.output
+    batches.append(orjson.loads(submitted.stdout)["id"])
+    assert farm("watch", batches[-1]).exit_code == 0
+    assert farm("download", batches[-1], "--out", "drawn").exit_code == 0
+    masked = _pixels(home / "drawn" / "000000-3.png")
+    assert np.array_equal(masked[~crack], source[~crack])
+    assert not np.array_equal(masked[crack], source[crack])
+
+    listed = [orjson.loads(line) for line in farm("uploads", "list", "--json").stdout.splitlines()]
+    assert {one["hash"] for one in listed} > set(hashes.values())
+    assert [(one["media_type"], one["width"], one["height"]) for one in listed] == [("image/png", 128, 128)] * 3
+    assert hashes["wall"] in farm("uploads", "list").stdout
+    unknown = farm("render", "A crack", "--image", "a" * 64)
+    assert unknown.exit_code == Exit.USAGE
+    assert "image: there is no upload" in unknown.stderr
+    refused = farm("uploads", "remove", hashes["wall"])
+    assert refused.exit_code == Exit.FAILED
+    assert "delete them first" in refused.stderr
+    for batch in batches:
+        assert farm("delete", batch, "--yes").exit_code == 0
+    removed = farm("uploads", "remove", *(one["hash"] for one in listed))
+    assert removed.stdout.splitlines() == [f"{one['hash']} removed" for one in listed], removed.output
+    assert farm("uploads", "list").stdout == "There are no uploads.\n"
+    assert farm("uploads", "remove", hashes["wall"]).exit_code == Exit.NOT_FOUND
 
 
 def test_status(farm: Farm) -> None:

@@ -1,5 +1,6 @@
 """`farm render` and the contact sheet of `farm demo`."""
 
+import hashlib
 from pathlib import Path
 
 import orjson
@@ -9,9 +10,19 @@ from PIL import Image, ImageChops, ImageFont
 from farm.cli.contact_sheet import CELL, MARGIN, PAPER, draw, wrap
 from farm.cli.exits import Exit
 from tests.cli.conftest import Run
-from tests.client.fake import PICTURE, FakeFarm, Reply, batch_document, job_document, problem, serve_pictures
+from tests.client.fake import (
+    PICTURE,
+    FakeFarm,
+    Reply,
+    batch_document,
+    job_document,
+    problem,
+    serve_pictures,
+    upload_document,
+)
 
 API = "/api/v1"
+UPLOADS = f"{API}/uploads"
 PROMPT = "A single split crack, on a concrete wall!"
 
 
@@ -45,6 +56,67 @@ def test_a_prompt_becomes_a_file(run: Run, fake: FakeFarm) -> None:
             "count": 1,
         }
     ]
+
+
+def test_pictures_here_are_sent_and_named_by_their_hashes(run: Run, fake: FakeFarm) -> None:
+    _serve(fake, 1)
+    fake.on("POST", UPLOADS, lambda asked: Reply(201, upload_document(asked.body)))
+    for number, name in enumerate(("a", "b", "c")):
+        Path(f"{name}.png").write_bytes(PICTURE + bytes([number]))
+    hashes = [hashlib.sha256(PICTURE + bytes([number])).hexdigest() for number in range(3)]
+    arguments = ["--image", "a.png", "--strength", 0.5, "--mask", "b.png", "--control", "edges=c.png:0.8"]
+    result = run("render", "wall", *arguments, "--control", f"depth={hashes[0]}")
+    assert result.exit_code == 0, result.output
+    *sent, job = fake.asked[:4]
+    assert [asked.path for asked in sent] == [UPLOADS] * 3, "the one that is a hash is not sent"
+    assert [asked.headers["content-type"] for asked in sent] == ["image/png"] * 3
+    (asked,) = job.lines
+    assert (asked["image"], asked["strength"], asked["mask"]) == (hashes[0], 0.5, hashes[1])
+    assert asked["controls"] == [
+        {"name": "edges", "image": hashes[2], "weight": 0.8},
+        {"name": "depth", "image": hashes[0], "weight": 1.0},
+    ]
+
+
+def test_an_animation_is_asked_for_and_written_as_one(run: Run, fake: FakeFarm) -> None:
+    batch_id = serve_pictures(fake, job_document(format="webp", motion="wind", frames=4, fps=5))
+    fake.on("POST", f"{API}/jobs", Reply(201, job_document(state="queued", batch_id=batch_id)))
+    fake.on("GET", f"{API}/batches/{batch_id}", Reply(body=batch_document(1, succeeded=1) | {"id": batch_id}))
+    result = run("render", "wall", "--motion", "wind", "--frames", 4, "--fps", 5, "--out", "wall.webp")
+    assert result.stdout == "wall.webp\n", result.output
+    assert fake.asked[0].lines == [{"prompt": "wall", "motion": "wind", "frames": 4, "fps": 5, "count": 1}]
+
+
+@pytest.mark.parametrize(
+    ("reply", "code", "words"),
+    [
+        (problem(413, "too-large", "the picture is over the limit"), Exit.USAGE, "the picture is over the limit"),
+        (problem(403, "forbidden", "this key may not"), Exit.AUTH, "this key may not"),
+    ],
+)
+def test_a_picture_that_is_not_taken_is_named(run: Run, fake: FakeFarm, reply: Reply, code: Exit, words: str) -> None:
+    Path("a.png").write_bytes(PICTURE)
+    fake.on("POST", UPLOADS, Reply(201, upload_document(PICTURE)), reply)
+    result = run("render", "wall", "--image", "a.png", "--mask", "a.png")
+    assert result.exit_code == code
+    assert "a.png could not be sent:" in result.stderr
+    assert f"farm: {words}" in result.stderr
+    assert fake.paths() == [f"POST {UPLOADS}"] * 2, "no job is submitted"
+
+
+def test_a_picture_that_cannot_be_sent_is_named(run: Run, fake: FakeFarm) -> None:
+    Path("words.png").write_text("not a picture")
+    for arguments, words in (
+        (["--image", "nowhere.png"], "nowhere.png: No such file"),
+        (["--image", "."], ".: Is a directory"),
+        (["--image", "words.png"], "words.png could not be sent:\nfarm: this is no PNG, JPEG or WebP picture"),
+        (["--control", "edges=nowhere.png"], "nowhere.png: No such file"),
+        (["--control", "edges"], "NAME=PICTURE"),
+    ):
+        result = run("render", "wall", *arguments)
+        assert result.exit_code == Exit.USAGE
+        assert words in result.stderr, arguments
+    assert not fake.asked
 
 
 def test_rendering_overwrites_no_other_picture(run: Run, fake: FakeFarm) -> None:

@@ -156,6 +156,18 @@ def batch_document(total: int = 2, **counts: int) -> dict[str, Any]:
     }
 
 
+def upload_document(picture: bytes = PICTURE) -> dict[str, Any]:
+    return {
+        "hash": hashlib.sha256(picture).hexdigest(),
+        "media_type": "image/png",
+        "bytes": len(picture),
+        "width": 64,
+        "height": 32,
+        "created_at": "2030-01-01T00:00:00Z",
+        "used_at": "2030-01-01T00:00:00Z",
+    }
+
+
 def page(*items: Any, cursor: str | None = None) -> Reply:
     return Reply(body={"items": list(items), "next_cursor": cursor})
 

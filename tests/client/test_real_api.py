@@ -5,14 +5,18 @@ import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
+from PIL import Image
+from sqlalchemy import text
 
 from farm import errors, jobs
 from farm.client import AsyncFarm, Farm
 from farm.jobs import Result, StoredImage, Warm
+from farm.modelfiles import FoundModel
 from farm.objects import image_key
+from farm.queries import models as model_rows
 from farm.states import Outcome
 from farm.storage import Store
 from farm.views import BatchView, JobView
@@ -77,6 +81,58 @@ def test_one_job_and_a_count_of_them(api: Api, real: Farm) -> None:
     assert [one.seed for one in real.jobs(batch=batch.id, page=2)] == [10, 11, 12]
     assert len(list(real.jobs(state="queued"))) == 4
     assert isinstance(real.job(job.id), JobView)
+
+
+def test_pictures_are_sent_once_and_named_by_jobs_of_every_route(api: Api, real: Farm, tmp_path: Path) -> None:
+    """With a ControlNet of no content: the API only resolves it."""
+    with api.database.transaction() as conn:
+        net = FoundModel("7" * 64, "crack-tiny", 1, (), {}, {})
+        model_rows.insert(conn, name="edges", kind="controlnet", found=net)
+    try:
+        file = tmp_path / "wall.png"
+        Image.effect_noise((96, 64), 40).save(file)
+        wall = real.upload(file)
+        assert (wall.hash, wall.width, wall.height) == (hashlib.sha256(file.read_bytes()).hexdigest(), 96, 64)
+        assert real.upload(file.read_bytes()).used_at > wall.used_at
+        Image.effect_noise((96, 64), 80).save(file)
+        where = real.upload(str(file))
+        assert real.uploaded(where.hash) == where
+        assert [one.hash for one in real.uploads(page=1)] == sorted((wall.hash, where.hash))
+        control = {"name": "edges", "image": where.hash, "weight": 0.5, "end": 0.75}
+        fields: dict[str, Any] = {"image": wall.hash, "strength": 0.5, "mask": where.hash, "controls": [control]}
+        job = real.submit(PROMPT, **fields)
+        assert isinstance(job, JobView)
+        both = real.submit(PROMPT, count=2, **fields)
+        assert isinstance(both, BatchView)
+        lines = real.submit_many([{"prompt": PROMPT, **fields}])
+        answer = api.http.post("/batches", json={"jobs": [{"prompt": PROMPT}], "defaults": fields})
+        assert answer.status_code == 201, answer.text
+        submitted = list(real.jobs())
+        assert {one.batch_id for one in submitted} == {job.batch_id, both.id, lines.id, UUID(answer.json()["id"])}
+        for one in submitted:
+            assert (one.task, one.source, one.mask, one.strength) == ("inpaint", wall.hash, where.hash, 0.5)
+            assert (one.width, one.height) == (96, 64), "as large as its picture"
+            assert [use.model_dump() for use in one.controls] == [{**control, "start": 0.0}]
+        for changed, field in (({"mask": "f" * 64}, "mask"), ({"controls": [{**control, "image": "f" * 64}]}, None)):
+            with pytest.raises(errors.InvalidRequest) as raised:
+                real.submit(PROMPT, **{**fields, **changed})
+            (problem,) = raised.value.problems
+            assert problem["field"] == (field or "controls.0.image")
+            assert "there is no upload" in problem["problem"]
+        with Farm(api.url, api.new_key(project="others")) as other, pytest.raises(errors.InvalidRequest):
+            other.submit(PROMPT, **fields)
+        with pytest.raises(errors.Conflict, match="delete them first"):
+            real.delete_upload(wall)
+        for one in submitted:
+            real.delete_job(one)
+        for upload in (wall, where.hash):
+            real.delete_upload(upload)
+        assert list(real.uploads()) == []
+        with pytest.raises(errors.InvalidRequest, match="no PNG, JPEG or WebP"):
+            real.upload(b"words")
+    finally:
+        with api.database.transaction() as conn:
+            conn.execute(text("DELETE FROM models WHERE name = 'edges'"))
 
 
 def test_a_submission_counts_once_under_its_key(api: Api, real: Farm) -> None:
