@@ -103,7 +103,10 @@ def delete(conn: Connection, project: UUID, hash_: str, settings: Settings) -> N
     if not rows.lock(conn, project, hash_):
         raise NotFound(f"there is no upload {hash_}")
     if not rows.forget(conn, [(project, hash_)], settings.keep_deleted):
-        raise Conflict("jobs name this upload, and may be retried or replayed; delete them first")
+        raise Conflict(
+            "jobs name this upload, and may be retried or replayed; delete them first (those of a deleted batch let go "
+            "of it a little later)"
+        )
 
 
 def forget_unused(conn: Connection, settings: Settings, limit: int) -> int:

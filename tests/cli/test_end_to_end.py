@@ -142,13 +142,13 @@ def test_pictures_from_pictures(home: Path, farm: Farm) -> None:
     sent = farm("upload", "wall.png", "crack.png")
     assert sent.stdout.splitlines() == [f"{hash_}  {name}.png" for name, hash_ in hashes.items()], sent.output
 
-    batches: list[str] = []
+    made: list[str] = []
 
     def rendered(*arguments: object) -> NDArray[np.int16]:
         result = farm("render", "A crack on a concrete wall", "--seed", 3, *arguments, "--out", "from", "--json")
         assert result.exit_code == 0, result.output
         told = orjson.loads(result.stdout)
-        batches.append(told["job"]["batch_id"])
+        made.append(told["job"]["id"])
         return _pixels(home / told["path"])
 
     # By hash, by file and by both; the file that was not sent before is sent on the way.
@@ -168,9 +168,9 @@ def test_pictures_from_pictures(home: Path, farm: Farm) -> None:
     lines = b"\n".join(map(orjson.dumps, rows)).decode()
     submitted = farm("submit", "-", "--format", "ndjson", "--json", stdin=lines)
     assert submitted.exit_code == 0, submitted.output
-    batches.append(orjson.loads(submitted.stdout)["id"])
-    assert farm("watch", batches[-1]).exit_code == 0
-    assert farm("download", batches[-1], "--out", "drawn").exit_code == 0
+    batch = orjson.loads(submitted.stdout)["id"]
+    assert farm("watch", batch).exit_code == 0
+    assert farm("download", batch, "--out", "drawn").exit_code == 0
     masked = _pixels(home / "drawn" / "000000-3.png")
     assert np.array_equal(masked[~crack], source[~crack])
     assert not np.array_equal(masked[crack], source[crack])
@@ -185,8 +185,8 @@ def test_pictures_from_pictures(home: Path, farm: Farm) -> None:
     refused = farm("uploads", "remove", hashes["wall"])
     assert refused.exit_code == Exit.FAILED
     assert "delete them first" in refused.stderr
-    for batch in batches:
-        assert farm("delete", batch, "--yes").exit_code == 0
+    made += (orjson.loads(line)["id"] for line in farm("jobs", "--batch", batch, "--json").stdout.splitlines())
+    assert farm("delete", *made, "--yes").exit_code == 0
     removed = farm("uploads", "remove", *(one["hash"] for one in listed))
     assert removed.stdout.splitlines() == [f"{one['hash']} removed" for one in listed], removed.output
     assert farm("uploads", "list").stdout == "There are no uploads.\n"
