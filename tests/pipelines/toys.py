@@ -136,8 +136,13 @@ def controlnet(folder: Path, checkpoint: Path, seed: int = 5, **changes: Any) ->
     torch.manual_seed(seed)
     of = UNet2DConditionModel.from_pretrained(checkpoint, subfolder="unet", local_files_only=True)
     made = ControlNetModel.from_unet(of, conditioning_embedding_out_channels=(4, 8, 8, 8), **changes)
-    for layer in (*made.controlnet_down_blocks, made.controlnet_mid_block, made.controlnet_cond_embedding.conv_out):
+    for layer in (*made.controlnet_down_blocks, made.controlnet_mid_block):
         torch.nn.init.normal_(layer.weight, std=0.2)
+    for layer in made.controlnet_cond_embedding.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            # As torch begins, each layer leaves a third of a picture, and whatever is followed looks the same.
+            torch.nn.init.kaiming_normal_(layer.weight)
+    torch.nn.init.normal_(made.controlnet_cond_embedding.conv_out.weight)
     made.save_pretrained(folder, safe_serialization=True)
     return folder
 

@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -55,6 +57,11 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     with serving() as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         yield hub
+
+
+def noise(seed: int) -> np.ndarray:
+    """A picture of nothing, 64 x 64 pixels."""
+    return np.random.default_rng(seed).integers(0, 256, (64, 64, 3), np.uint8)
 
 
 @dataclass
@@ -106,6 +113,48 @@ class Bench:
         assert ended.state == "refused"
         return ended.reason or ""
 
+    @property
+    def project(self) -> UUID:
+        made = self.do(keys.create_key, project="cracks", name="test", scopes=["admin"])
+        found: UUID = self.do(keys.authenticate, made.key).project_id
+        return found
+
+    def picture(self, seed: int) -> str:
+        """A picture of noise, sent; its hash."""
+        out = io.BytesIO()
+        Image.fromarray(noise(seed)).save(out, "PNG")
+        return uploads.add(self.database, self.store, self.settings, self.project, out.getvalue(), "image/png")[0].hash
+
+    def submit(self, *rows: dict[str, Any]) -> list[Any]:
+        """Jobs of one batch, queued; seeds count up from 1 unless a row has its own."""
+        mine = self.project
+        known, now = self.do(catalogue.load, self.store), self.do(claiming.database_now)
+        sent = uploads.Known(lambda hashes: self.do(uploads.sizes, mine, hashes))
+        full = [
+            {"prompt": "A single split crack on a concrete wall", "seed": number, "steps": 2, **row}
+            for number, row in enumerate(rows, 1)
+        ]
+        with submission.prepare(
+            full, defaults={}, catalogue=known, settings=self.settings, name="some", now=now, uploads=sent
+        ) as prepared:
+            batch = self.do(jobs.submit, prepared, project_id=mine, pool=self.settings.pool)
+        found: list[Any] = self.do(jobs.list_jobs, mine, batch=batch.id).items
+        return found
+
+    def job(self, job: Any) -> Any:
+        """The job as it is now."""
+        return self.do(jobs.get_job, self.project, job.id)
+
+    def stored(self, job: Any) -> bytes:
+        """The file of a job that succeeded."""
+        now = self.job(job)
+        assert now.state == "succeeded", now.error
+        return self.store.get(self.do(jobs.image_of, self.project, job.id).key)
+
+    def pixels(self, job: Any) -> np.ndarray:
+        with Image.open(io.BytesIO(self.stored(job))) as image:
+            return np.asarray(image)
+
 
 @pytest.fixture
 def bench(database: Database, store: Store, settings: Settings, tmp_path: Path) -> Bench:
@@ -120,29 +169,14 @@ def bench(database: Database, store: Store, settings: Settings, tmp_path: Path) 
     return yield_bench
 
 
-def project(bench: Bench) -> Any:
-    made = bench.do(keys.create_key, project="cracks", name="test", scopes=["admin"])
-    return bench.do(keys.authenticate, made.key).project_id
-
-
 def render(bench: Bench, **fields: Any) -> tuple[Any, dict[str, Any]]:
     """Render a job through queue, worker and store; the job and what its picture says of itself."""
-    mine = project(bench)
-    known = bench.do(catalogue.load, bench.store)
-    row = {"prompt": "A single split crack on a concrete wall", "seed": 1, "steps": 2, **fields}
-    now = bench.do(claiming.database_now)
-    sent = uploads.Known(lambda hashes: bench.do(uploads.sizes, mine, hashes))
-    with submission.prepare(
-        [row], defaults={}, catalogue=known, settings=bench.settings, name="one", now=now, uploads=sent
-    ) as prepared:
-        batch = bench.do(jobs.submit, prepared, project_id=mine, pool=bench.settings.pool)
+    (job,) = bench.submit(fields)
     assert bench.executor.work_once()
-    (job,) = bench.do(jobs.list_jobs, mine, batch=batch.id).items
-    assert job.state == "succeeded", job.error
-    with Image.open(io.BytesIO(bench.store.get(bench.do(jobs.image_of, mine, job.id).key))) as image:
+    with Image.open(io.BytesIO(bench.stored(job))) as image:
         image.load()
         told = image.info.get("farm") or image.getexif()[formats.DESCRIPTION]
-        return job, json.loads(told)
+        return bench.job(job), json.loads(told)
 
 
 def _never(status: object, why: str) -> None:

@@ -16,12 +16,12 @@ from PIL import Image, ImageSequence
 from safetensors.torch import load_file, save_file
 from sqlalchemy import text
 
-from farm import catalogue, jobs, registrations, uploads
+from farm import catalogue, jobs, registrations
 from farm.errors import Conflict, InvalidRequest
 from farm.maintenance import Sweeper
 from farm.storage import Store
 from tests.pipelines import originals, toys
-from tests.registering.conftest import PROFILE, Bench, project, render
+from tests.registering.conftest import PROFILE, Bench, render
 from tests.registering.hub import COMMIT, Hub
 from workers.pipelines import original
 
@@ -30,9 +30,7 @@ pytestmark = pytest.mark.timeout(300)
 
 def sha256_of(bench: Bench, job: Any) -> str:
     """Of the pixels alone: what a picture says of itself names its job."""
-    key = bench.do(jobs.image_of, project(bench), job.id).key
-    with Image.open(io.BytesIO(bench.store.get(key))) as image:
-        return sha256(image.tobytes()).hexdigest()
+    return sha256(bench.pixels(job).tobytes()).hexdigest()
 
 
 def test_a_hub_checkpoint_ends_in_a_picture_that_names_its_commit(bench: Bench, hub: Hub, sd_folder: Path) -> None:
@@ -177,11 +175,8 @@ def test_controlnets_find_their_family_and_are_followed(bench: Bench, sd_folder:
     assert (ended.family, ended.notes) == (family, [])
     (view,) = bench.do(catalogue.list_controlnets)
     assert (view.name, view.hash) == ("edges", ended.hash)
-    out = io.BytesIO()
-    Image.effect_noise((64, 64), 90).save(out, "PNG")
-    sent, _ = uploads.add(bench.database, bench.store, bench.settings, project(bench), out.getvalue(), "image/png")
     plain, _ = render(bench, checkpoint="toy", acceleration="none")
-    asked = {"name": "edges", "image": sent.hash, "weight": 0.8, "end": 0.5}
+    asked = {"name": "edges", "image": bench.picture(1), "weight": 0.8, "end": 0.5}
     followed, told = render(bench, checkpoint="toy", acceleration="none", controls=[asked])
     assert followed.image.sha256 != plain.image.sha256
     assert followed.controls[0].model_dump() == {**asked, "start": 0.0}
@@ -216,13 +211,13 @@ def test_an_animation_from_its_motion_adapter_to_the_store(
     assert (job.motion, job.frames, job.fps, job.suffix, job.acceleration) == ("wind", 4, 5, "webp", "lcm-lora")
     assert [one["name"] for one in told["models"]] == ["toy", "wind-lcm", "wind"]
     assert (told["recipe"]["motion"], told["recipe"]["scheduler"]) == (ended.hash, "lcm")
-    stored = bench.do(jobs.image_of, project(bench), job.id)
+    stored = bench.do(jobs.image_of, bench.project, job.id)
     assert stored.key.endswith(".webp")
     with Image.open(io.BytesIO(bench.store.get(stored.key))) as image:
         assert (image.format, len(list(ImageSequence.Iterator(image))), image.size) == ("WEBP", 4, (64, 64))
-    replay = bench.do(jobs.replay_job, project(bench), job.id)
+    replay = bench.do(jobs.replay_job, bench.project, job.id)
     assert bench.executor.work_once()
-    assert bench.do(jobs.get_job, project(bench), replay.id).replay.levels == 0
+    assert bench.do(jobs.get_job, bench.project, replay.id).replay.levels == 0
 
 
 def test_refused_adapters_name_file_key_and_reason(
