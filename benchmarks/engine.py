@@ -160,7 +160,7 @@ def flop_limit(bench: Bench) -> float:
     side = 8192 if device.type == "cuda" else 1024
     one, other = (torch.randn((side, side), device=device, dtype=dtype) for _ in range(2))
     best = 0.0
-    for _ in range(10):
+    for _ in range(25):
         bench.finish()
         start = bench.clock()
         one @ other
