@@ -292,17 +292,21 @@ class Bench:
         finally:
             compiling.WORTH_CALLS = worth
 
-    def filled_up(self, count: int) -> tuple[float, float]:
-        """Seconds of `count - 1` pictures where only `count` is compiled: as workers render them then, and eager."""
+    def filled_up(self, count: int) -> tuple[float, float, bool]:
+        """Seconds of `count - 1` pictures where only `count` is compiled: as workers render them then, and eager; and
+        whether workers did fill them up, so that nothing was eager."""
         self._compiler()
         self.settle(count)
         # From here on nothing is compiled any more; what there is serves on.
         self.close()
+        eagerly: list[None] = []
+        watch = self.pipe.unet.register_forward_pre_hook(lambda *_: eagerly.append(None))
         filled = self.seconds(lambda: self.once(count - 1), self.options.repeats)
+        watch.remove()
         serving, self.compiler = self.compiler, None
         eager = self.seconds(lambda: self.once(count - 1), self.options.repeats)
         self.compiler = serving
-        return filled, eager
+        return filled, eager, not eagerly
 
     def _compiler(self) -> None:
         self.close()

@@ -99,7 +99,7 @@ def measured(bench: Bench, rung: str, count: int) -> Row:
     try:
         if rung == "buckets":
             pictures = row["pictures"] = count - 1
-            seconds, eager = bench.filled_up(count)
+            seconds, eager, row["filled_up"] = bench.filled_up(count)
             row["eager_images_per_second"] = pictures / eager
         else:
             bench.settle(count)
@@ -127,7 +127,8 @@ def shown(row: Row) -> str:
     for name, words in (("times_plain", "plain"), ("times_plain_alone", "plain alone")):
         text += f"{row[name]:8.2f} x {words}" if name in row else ""
     if "eager_images_per_second" in row:
-        text += f"  ({row['pictures']} pictures; as they are {row['eager_images_per_second']:.3f} images/s)"
+        text += f"  ({row['pictures']} pictures, {'' if row['filled_up'] else 'not '}filled up; "
+        text += f"as they are {row['eager_images_per_second']:.3f} images/s)"
     if "programs" in row:
         text += "  " + ", ".join(f"{number} {name}" for name, number in row["programs"].items())
     return text
