@@ -57,7 +57,7 @@ def test_it_runs_on_the_shipped_model(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_the_shipped_one_makes_cracks_run_where_masks_have_them() -> None:
-    """One micro-batch of four. Measured on 64: F1 0.988 with it, 0.216 without."""
+    """One micro-batch of four. Measured on 64: F1 0.986 with it, 0.250 without."""
     options = argparse.Namespace(model=MODEL, control=MODEL / "control-mask", count=4, steps=4, weight=1.0, tolerance=3)
     found = control.run(options)["alignment"]
     assert found["with control"]["seen"] == 1.0

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import text
 
+from benchmarks.scheduling import Hog, Row, verdicts
 from farm import jobs, keys, scheduling
 from farm.queries import claiming, maintaining
 from farm.scheduling import SEGMENTS_TRIED, SETS_TRIED, Candidate, Policy, Warm, few, rank
@@ -262,18 +263,39 @@ def test_counts_of_a_candidate_do_not_wait_for_the_sweeper(queue: Queue) -> None
     assert counts() == (10, 0)
 
 
-def test_the_simulated_farm_keeps_what_the_docs_promise() -> None:
+def test_the_simulated_farm_keeps_what_is_promised() -> None:
+    """A thousand workers, 20 s of submissions; the benchmark without `--quick` does the rest, and judges alike."""
     command = [sys.executable, "-m", "benchmarks.scheduling", "--quick", "--json"]
+    # It ends with 1 when any promise is missed.
     done = subprocess.run(command, check=True, capture_output=True, cwd=ROOT, text=True)
     found = json.loads(done.stdout)
-    by = {(row["policy"], row["utilisation"]): row for row in found["rows"]}
-    for utilisation in (0.7, 0.95):
-        ours, fifo = by["farm", utilisation], by["first in, first out", utilisation]
-        assert ours["jobs"] == fifo["jobs"]
-        assert ours["loads"] < fifo["loads"] / 2
-        assert ours["swaps"] < fifo["swaps"] / 2
-        assert ours["p99"] <= fifo["p99"]
-        assert ours["jain"] > fifo["jain"]
+    by = {row["policy"]: row for row in found["rows"]}
+    ours, fifo = by["farm"], by["first in, first out"]
+    assert ours["jobs"] == fifo["jobs"]
+    assert ours["loads"] * 5 <= fifo["loads"]
+    assert ours["swaps"] * 5 <= fifo["swaps"]
+    assert ours["p99"] <= fifo["p99"]
+    assert ours["jain"] > fifo["jain"]
     worst = {(hog["policy"], hog["batches"]): hog["micro_batches"] for hog in found["hogs"]}
-    assert max(value for (policy, _), value in worst.items() if policy == "farm") <= 2
-    assert min(value for (policy, _), value in worst.items() if policy != "farm") > 2
+    assert max(worst["farm", 1], worst["farm", 100]) <= 2
+    assert worst["first in, first out", 1] > 2
+    assert len(found["verdicts"]) == 5
+
+
+def test_a_missed_promise_of_the_simulation_is_told() -> None:
+    def row(policy: str, loads: int, swaps: int, p99: float) -> Row:
+        return Row(policy, 0.7, 8, 1, loads, swaps, 0, 1.0, p99, 1.0, 9.0)
+
+    def judged(loads: int, swaps: int, p99: float, micro_batches: float) -> list[bool]:
+        rows = [
+            row("first in, first out", 100, 1000, 9.0),
+            row("warm first", 1, 1, 1.0),
+            row("farm", loads, swaps, p99),
+        ]
+        hogs = [Hog("farm", 1, 1.0, micro_batches), Hog("warm first", 1, 9.0, 99.0)]
+        return [one["reached"] for one in verdicts(rows, hogs)]
+
+    assert judged(20, 200, 9.0, 2.0) == [True] * 4
+    assert judged(0, 0, 0.1, 0.0) == [True] * 4
+    assert judged(21, 201, 9.1, 2.1) == [False] * 4
+    assert judged(21, 200, 9.0, 2.0) == [False, True, True, True]
