@@ -51,7 +51,8 @@ def style(number: int, weight: float = 1.0) -> dict[str, Any]:
 def test_swaps_and_slots_after_the_switch_compile_nothing(
     files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Through the engine: eager while the compiler works, then compiled; then other adapters, merged and in slots."""
+    """Through the engine: eager while the compiler works, then compiled; then other adapters, merged and in slots.
+    Three images are computed as four, and four by the same programs."""
     monkeypatch.setattr(compiling, "WORTH_CALLS", 1)
     plain, engine = (Engine(farm_settings(), files.__getitem__) for _ in range(2))
     backend = Backend()
@@ -68,33 +69,33 @@ def test_swaps_and_slots_after_the_switch_compile_nothing(
         for one in (engine, plain):
             monkeypatch.setattr(one.costs, "choose", lambda _lane, _groups: way)
 
-    two = [recipe(n) for n in range(2)]
+    three = [recipe(n) for n in range(3)]
     backend.go_on.clear()
-    same(two)
+    same(three)
     assert engine.compiler.told() | {"seconds": 0} == {"ready": 0, "graphs": 0, "waiting": 2, "failed": 0, "seconds": 0}
-    same(two)
+    same(three)
     assert backend.calls == 0, "eager serves, and waits for nothing"
     backend.go_on.set()
     assert engine.compiler.settled(SECONDS)
-    same(two)
+    same(three)
     told = engine.cache()["compiled"]
     assert (told["ready"], told["waiting"], told["failed"]) == (2, 0, 0), "UNet and VAE"
     traced, calls = {name: dict(found) for name, found in counters.items()}, backend.calls
     for number in (0, 1, 0, 2):
-        same([recipe(n, **style(number, 0.5 + number)) for n in range(2)])
-    same(two)
+        same([recipe(n, **style(number, 0.5 + number)) for n in range(3 + number // 2)])
+    same(three)
     assert backend.calls == calls + 5 * 5, "four steps and a decode each"
     assert {name: dict(found) for name, found in counters.items()} == traced, "torch.compile was not even asked"
 
     ways("slots")
-    mixed = [recipe(0, **style(0)), recipe(1, **style(1, -0.5))]
+    mixed = [recipe(0, **style(0)), recipe(1, **style(1, -0.5)), recipe(2)]
     same(mixed)
     assert engine.compiler.settled(SECONDS)
     same(mixed)
     assert (backend.graphs, engine.compiler.told()["ready"]) == (3, 3), "a UNet with slots"
     traced, calls = {name: dict(found) for name, found in counters.items()}, backend.calls
-    same([recipe(2, **style(2, 1.5)), recipe(3, **style(1))])
-    same([recipe(0, **style(1)), recipe(1)])
+    same([recipe(2, **style(2, 1.5)), recipe(3, **style(1)), recipe(4, **style(0, 0.3)), recipe(5)])
+    same([recipe(0, **style(1)), recipe(1), recipe(3, **style(2))])
     assert backend.calls == calls + 2 * 5
     assert {name: dict(found) for name, found in counters.items()} == traced
     # Nothing new is wanted from here on.

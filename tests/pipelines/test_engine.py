@@ -13,7 +13,10 @@ import torch
 from farm.errors import InvalidModel, InvalidRequest, OutOfMemory, RenderFailed
 from farm.recipe import Recipe
 from workers.pipelines import device
+from workers.pipelines.cache import Entry
 from workers.pipelines.engine import Engine
+from workers.pipelines.load import Pipeline
+from workers.pipelines.merge import Merger
 
 from .conftest import Fetch, farm_settings, go_on, recipe, with_room_for
 
@@ -95,6 +98,50 @@ def test_a_mixed_micro_batch_is_halved_likewise(engine: Engine, monkeypatch: pyt
     assert asked.count(rows) == recipes[0].steps * 8 // rows
     assert entry.loaded.slots.resident == ("style",)
     assert all(np.abs(a.astype(int) - b).max() <= 1 for a, b in zip(halved, whole, strict=True))
+
+
+@pytest.mark.parametrize("pieces", [2, 1])
+def test_a_vae_that_runs_out_halves_it_too(engine: Engine, monkeypatch: pytest.MonkeyPatch, pieces: int) -> None:
+    """It decodes four of these pictures in one go: with eight images, with four, and so on."""
+    recipes = [recipe(n, steps=1) for n in range(8)]
+    whole = render(engine, recipes)
+    vae = engine._residents.resident()[0].loaded.vae
+    asked: list[int] = []
+    decode = vae.decode
+
+    def limited(latents: torch.Tensor, **options: Any) -> Any:
+        asked.append(len(latents))
+        if len(latents) > pieces:
+            raise torch.OutOfMemoryError("no room")
+        return decode(latents, **options)
+
+    monkeypatch.setattr(vae, "decode", limited)
+    for mine, theirs in zip(render(engine, recipes), whole, strict=True):
+        assert np.abs(mine.astype(int) - theirs).max() <= 1
+    assert asked == ([4, 4] + [2] * 4 if pieces == 2 else [4, 4, 2] + [1] * 8)
+    assert engine.limit(recipes[0].lane) == pieces
+
+
+def test_what_is_idle_leaves_for_a_checkpoint_that_does_not_fit(
+    engine: Engine, fetch: Fetch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory runs out while it is moved to the device, and while adapters are merged into it."""
+    wanted = recipe(steps=1, acceleration=FAST)
+    expected = render(Engine(farm_settings(), fetch), [wanted])
+    for place, name in ((Pipeline, "move"), (Merger, "apply")):
+        act = getattr(place, name)
+
+        def tight(self: Any, *given: Any, act: Any = act) -> Any:
+            if "sdxl" in engine.warm_state().checkpoints:
+                raise torch.OutOfMemoryError("no room")
+            return act(self, *given)
+
+        engine._residents.evict_idle(Entry("none"))
+        render(engine, [recipe(checkpoint="sdxl", steps=1)])
+        monkeypatch.setattr(place, name, tight)
+        assert np.array_equal(render(engine, [wanted])[0], expected[0])
+        assert engine.warm_state().checkpoints == {"sd"}
+        monkeypatch.undo()
 
 
 def test_one_image_that_does_not_fit(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,19 +1,20 @@
 """Compiled networks made beside the serving thread: eager ones serve until theirs are ready, and whenever one fails.
 
 `ask` is what rendering calls networks through. It counts what is asked for; a thread of its own compiles what is asked
-most. The next call of that kind, inside the device lock, tries the program out: it must answer what the network
-answers, as near as its number type allows. From then on it serves; on a GPU as a CUDA graph where that is measured to
-be faster.
+most, for few numbers of rows (`buckets`): calls with other numbers are padded. The next call of that kind, inside the
+device lock, tries the program out: it must answer what the network answers, as near as its number type allows. From
+then on it serves; on a GPU as a CUDA graph where that is measured to be faster.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from threading import Condition, Lock, Thread
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ import structlog
 import torch
 from torch import Tensor, nn
 
+from workers.pipelines.buckets import Buckets
 from workers.pipelines.device import is_fatal, is_out_of_memory
 from workers.pipelines.graphs import Graphs
 from workers.pipelines.programs import Backend, CannotCompile, Form, Program, Shape, compiled, flat, twin
@@ -56,6 +58,8 @@ class Wanted:
     """A kind of call that is to be compiled, and how often it was asked for so far."""
 
     pipeline: weakref.ref[Pipeline]
+    of: weakref.ref[nn.Module]
+    """The network that is asked; `network` is a twin's method."""
     network: Callable[..., Any]
     form: Form
     told: Callable[[Sequence[Tensor]], None] | None
@@ -66,9 +70,14 @@ class Wanted:
 class Compiler:
     """Compiles the networks of one device's pipelines. `ask` and `free` belong inside the device lock."""
 
-    def __init__(self, device: Device, backend: Backend | None, graphs: Graphs | None = None) -> None:
-        """Without a backend nothing is compiled; without `graphs` there are no CUDA graphs."""
+    def __init__(self, device: Device, backend: Backend | None, graphs: Graphs | None = None, most: int = 1) -> None:
+        """Without a backend nothing is compiled; without `graphs` there are no CUDA graphs. `most` images make a full
+        micro-batch."""
         self._device = device
+        self._buckets = Buckets(most)
+        # Names of networks in keys. An id would be another network's as soon as this one is gone.
+        self._numbers: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+        self._next_number = itertools.count()
         self._backend = backend
         self._graphs = graphs
         self._changed = Condition()
@@ -94,21 +103,37 @@ class Compiler:
             return first(plain(*given, **options))
         form, tensors = flat(given, options)
         slots = pipeline.slots.engaged if network is pipeline.unet else None
-        rows: tuple[Tensor, ...] = () if slots is None else pipeline.slots.rows.now
-        key = (id(network), method, slots, *form.key, *(tuple(row.shape) for row in rows))
+        slotted: tuple[Tensor, ...] = () if slots is None else pipeline.slots.rows.now
+        wide, count = self._buckets.padded((*tensors, *slotted))
+        form = replace(form, shapes=tuple(Shape.of(one) for one in wide[: len(tensors)]))
+        rows = wide[len(tensors) :]
+        key = (self._number(network), method, slots, *form.key, *(tuple(row.shape) for row in rows))
         program = pipeline.programs.get(key)
         try:
             if program is None:
                 self._count(key, pipeline, network, method, form, rows)
             elif program.tried:
-                return self._answer(program, (*tensors, *rows))
+                return self._answer(program, wide)[:count]
             else:
-                return self._try_out(key, pipeline, program, (*tensors, *rows), first(plain(*given, **options)))
+                return self._try_out(key, pipeline, program, wide, first(plain(*given, **options)))
         except Exception as error:
             if is_out_of_memory(error) or is_fatal(error):
                 raise
             self._failed(key, pipeline, error)
         return first(plain(*given, **options))
+
+    def rows(self, images: int) -> int:
+        """How many images so many are computed as: more of them where networks are compiled."""
+        return images if self._backend is None else self._buckets.of(images)
+
+    def forget(self, pipeline: Pipeline, network: nn.Module) -> None:
+        """A network leaves its pipeline: what was compiled of it holds its weights, and its graphs the device."""
+        number = self._numbers.get(network)
+        for key in [key for key in tuple(pipeline.programs) if key[0] == number]:
+            pipeline.programs.pop(key, None)
+        with self._changed:
+            for key in [key for key in self._wanted if key[0] == number]:
+                del self._wanted[key]
 
     def told(self) -> dict[str, Any]:
         """For people: how many kinds of call are served compiled, and as CUDA graphs, how many wait for it or failed,
@@ -141,6 +166,13 @@ class Compiler:
         with self._changed:
             return self._changed.wait_for(lambda: not self._wanted and self._at is None, seconds)
 
+    def _number(self, network: nn.Module) -> int:
+        found = self._numbers.get(network)
+        if found is None:
+            with self._changed:
+                found = self._numbers.setdefault(network, next(self._next_number))
+        return found
+
     def _count(
         self, key: Key, pipeline: Pipeline, network: nn.Module, method: str, form: Form, rows: Sequence[Tensor]
     ) -> None:
@@ -159,8 +191,8 @@ class Compiler:
             del self._counts[key]
             told = pipeline.slots.rows.tell if rows else None
             more = tuple(Shape.of(row) for row in rows)
-            of = weakref.ref(pipeline)
-            self._wanted[key] = Wanted(of, getattr(twin(network), method), form, told, more, count)
+            call = getattr(twin(network), method)
+            self._wanted[key] = Wanted(weakref.ref(pipeline), weakref.ref(network), call, form, told, more, count)
             if self._thread is None:
                 self._thread = Thread(target=self._work, name="compile", daemon=True)
                 self._thread.start()
@@ -204,7 +236,7 @@ class Compiler:
         pipeline = wanted.pipeline()
         with self._changed:
             self._seconds += seconds
-        if pipeline is None:
+        if pipeline is None or wanted.of() is None:
             return
         if program is None:
             self._failed(key, pipeline, failure)
@@ -225,7 +257,8 @@ class Compiler:
         if not math.isfinite(span):
             # A spoilt picture says nothing about the program.
             return expected
-        apart = float((program(*tensors).float() - expected.float()).abs().max()) / max(span, 1e-6)
+        answer = program(*tensors)[: len(expected)]
+        apart = float((answer.float() - expected.float()).abs().max()) / max(span, 1e-6)
         if apart <= APART[expected.dtype]:
             program.tried = True
             log.info("served compiled from now on", apart=apart)
@@ -264,12 +297,12 @@ class Compiler:
             self.close()
 
 
-def compiler_for(wanted: str, device: Device) -> Compiler:
-    """As FARM_COMPILE says: `on`, `off`, or `auto`, which compiles on CUDA devices alone."""
+def compiler_for(wanted: str, device: Device, most: int = 1) -> Compiler:
+    """As FARM_COMPILE says: `on`, `off`, or `auto`, which compiles on CUDA devices alone. `most` as Compiler's."""
     cuda = device.place.type == "cuda"
     if wanted == "off" or (wanted == "auto" and not cuda):
-        return Compiler(device, None)
-    return Compiler(device, inductor, Graphs(device.finish) if cuda else None)
+        return Compiler(device, None, most=most)
+    return Compiler(device, inductor, Graphs(device.finish) if cuda else None, most)
 
 
 def inductor(graph: torch.fx.GraphModule, examples: list[Tensor]) -> Callable[..., Any]:

@@ -22,6 +22,8 @@ HOST_SHARE = 0.25
 CPU_SHARE = 0.5
 CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 """Where a container reads how much memory it may take, cgroups 2 and 1."""
+CGROUP_USED = {"memory.max": "memory.current", "memory.limit_in_bytes": "memory.usage_in_bytes"}
+"""Beside each, how much it takes."""
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -74,6 +76,15 @@ class Device:
         return torch.cuda.device(self.place) if self.place.type == "cuda" else nullcontext()
 
     @property
+    def room(self) -> int:
+        """Bytes that activations may take now. What torch keeps of a GPU without using it counts as free; what a CPU's
+        process keeps of its freed memory does not."""
+        if self.place.type != "cuda":
+            return free_memory()
+        free, _ = torch.cuda.mem_get_info(self.place)
+        return free + torch.cuda.memory_reserved(self.place) - torch.cuda.memory_allocated(self.place)
+
+    @property
     def micro_batch(self) -> int:
         """Images denoised together unless the settings say otherwise. Measured with crack-tiny on two cores, whose
         caches hold few weights at once: 16 are rendered in 0.83 to 0.99 of the time of two times 8."""
@@ -124,6 +135,24 @@ def machine_memory() -> int:
     """Bytes of memory this process may take: the machine's, or its container's where that has fewer."""
     told = [int(text) for file in CGROUP_LIMITS if file.exists() and (text := file.read_text().strip()).isdigit()]
     return min([psutil.virtual_memory().total, *told])
+
+
+def free_memory() -> int:
+    """Bytes of memory this process could take now: what the machine has available, or its container where that has
+    less. Files that the container only keeps for itself in case they are read again count as free."""
+    left = [psutil.virtual_memory().available]
+    for limit in CGROUP_LIMITS:
+        used = limit.parent / CGROUP_USED[limit.name]
+        if not (limit.exists() and used.exists() and (text := limit.read_text().strip()).isdigit()):
+            continue
+        told = dict(line.split(maxsplit=1) for line in _lines(limit.parent / "memory.stat"))
+        kept = int(told.get("total_inactive_file", told.get("inactive_file", "0")))
+        left.append(int(text) - int(used.read_text()) + kept)
+    return max(0, min(left))
+
+
+def _lines(file: Path) -> list[str]:
+    return file.read_text().splitlines() if file.exists() else []
 
 
 def is_out_of_memory(error: BaseException) -> bool:

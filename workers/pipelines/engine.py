@@ -7,11 +7,10 @@ import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import structlog
 import torch
@@ -23,9 +22,7 @@ from workers.pipelines.cache import Entry, Residents
 from workers.pipelines.compiling import compiler_for
 from workers.pipelines.costs import Costs, Way
 from workers.pipelines.device import Device, choose, host_budget, is_fatal, is_out_of_memory
-from workers.pipelines.factors import Use
-from workers.pipelines.guides import Guide, guide_of
-from workers.pipelines.load import measured
+from workers.pipelines.guides import guide_of
 from workers.pipelines.lru import Shelf
 from workers.pipelines.merge import text_key
 from workers.pipelines.motion import is_motion
@@ -33,7 +30,9 @@ from workers.pipelines.parts import in_parts
 from workers.pipelines.prompts import Text, all_known, texts
 from workers.pipelines.reading import Library
 from workers.pipelines.render import OnStep, Picture, asked, render
+from workers.pipelines.room import fitting, need_of
 from workers.pipelines.sampling import evaluations
+from workers.pipelines.seating import Staged, clear_others, seat, tighten
 from workers.pipelines.slots import distinct
 
 LANES_REMEMBERED = 256
@@ -41,6 +40,8 @@ CANARY_PIXELS = 64
 CANARY_PROMPT = "A single split crack on a concrete wall"
 
 log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
 
 
 class WarmState(NamedTuple):
@@ -56,28 +57,6 @@ class WarmState(NamedTuple):
     apart: frozenset[str]
 
 
-@dataclass(eq=False)
-class Staged:
-    """Everything a micro-batch needs, read and checked, in host memory or on the device already.
-
-    `styles` holds the adapters of each adapter set in it, `guides` the pictures each recipe draws from. Keeps its
-    checkpoint from being dropped until `close`, which rendering does; an abandoned one closes itself.
-    """
-
-    entry: Entry
-    vae: Any | None
-    acceleration: tuple[Use, ...]
-    styles: dict[str, tuple[Use, ...]]
-    nets: dict[str, Any] = field(default_factory=dict)
-    guides: tuple[Guide, ...] = ()
-    finalizer: weakref.finalize[..., Staged] | None = None
-
-    def close(self) -> None:
-        """Let go of the checkpoint. Harmless when repeated."""
-        if self.finalizer is not None:
-            self.finalizer()
-
-
 class Engine:
     """One device. `stage` may run in any thread at any time; `render` and `canary` only inside the device lock."""
 
@@ -91,7 +70,7 @@ class Engine:
         self._limits: dict[str, int] = {}
         self._lanes: OrderedDict[str, tuple[str, AdapterUse | None]] = OrderedDict()
         self.costs = Costs()
-        self.compiler = compiler_for(settings.compile, self._device)
+        self.compiler = compiler_for(settings.compile, self._device, self._most)
 
     @property
     def device(self) -> str:
@@ -125,16 +104,13 @@ class Engine:
         entry = self._library.hold(first.checkpoint)
         try:
             beside = [*(use.hash for use in first.controls or ()), *([first.motion] if first.motion else ())]
-            nets = self._library.nets(beside, entry.loaded)
-            vae = (
-                self._library.vae(first.vae, entry.loaded) if first.vae and first.vae not in entry.loaded.vaes else None
-            )
+            nets, vaes = self._library.beside(beside, first.vae, entry.loaded)
             acceleration = self._library.uses([first.acceleration] if first.acceleration else [], entry.loaded)
             styles = {one.adapter_set: self._library.uses(one.adapters, entry.loaded) for one in recipes}
         except BaseException:
             self._residents.release(entry)
             raise
-        staged = Staged(entry, vae, acceleration, styles, nets, guides)
+        staged = Staged(entry, acceleration, styles, nets, vaes, guides)
         staged.finalizer = weakref.finalize(staged, self._residents.release, entry)
         return staged
 
@@ -142,9 +118,9 @@ class Engine:
         """Merge, encode prompts, denoise, decode: one picture per recipe, None for those `on_step` told to drop.
 
         Several adapter sets are rendered at once with slots, or one after the other merged, whichever was measured to
-        be cheaper; a single set is always merged. A micro-batch that does not fit is halved until it does, with the
-        same pictures; `on_step` then counts the steps of all parts. Raises OutOfMemory if one image alone does not fit,
-        RenderFailed (with `fatal=True` when the device is lost) for everything else that goes wrong.
+        be cheaper; a single set is always merged. A micro-batch that is estimated not to fit, or does not, is halved
+        until it does, with the same pictures; `on_step` then counts the steps of all parts. Raises OutOfMemory if one
+        image alone does not fit, RenderFailed (with `fatal=True` when the device is lost) for whatever else goes wrong.
         """
         first = recipes[0]
         entry, lane = staged.entry, first.lane
@@ -156,12 +132,14 @@ class Engine:
             # Slots know a row for each image; an animation has one for each frame, and costs too much for it to matter.
             way: Way = "merged" if first.motion else self._way(staged, lane, [len(one) for one in groups.values()])
             with self.compiler.turn:
+                self._settled(staged, partial(seat, staged, self._residents, self._device, self.compiler.forget))
+                fits = self._fitting(staged, recipes, way)
                 return in_parts(
                     list(groups.values()) if way == "merged" else [list(range(len(recipes)))],
                     steps,
                     on_step,
                     lambda part, heard: self._once(staged, recipes, part, heard, way),
-                    lambda: min(self.limit(lane), max(1, self._most // (first.frames or 1))),
+                    lambda: min(self.limit(lane), fits),
                     partial(self._shrink, entry, first),
                 )
         finally:
@@ -182,6 +160,7 @@ class Engine:
                 "slots": [{"hash": hash_} for hash_ in entry.loaded.slots.resident],
                 "controlnets": [{"hash": hash_} for hash_, net in nets.items() if not is_motion(net)],
                 "motions": [{"hash": hash_} for hash_, net in nets.items() if is_motion(net)],
+                "vaes": [{"hash": hash_} for hash_ in tuple(entry.loaded.vaes)],
                 "bytes": entry.bytes,
                 "pristine_bytes": entry.loaded.merger.bytes,
                 "load_seconds": round(entry.loaded.load_seconds, 3),
@@ -227,12 +206,27 @@ class Engine:
             # Merged whatever it costs: the pictures of one set then have the same bits in every process.
             return "merged"
         pipeline, adapters = staged.entry.loaded, list(distinct(list(staged.styles.values())))
-        bytes_ = (
-            pipeline.bytes + pipeline.slots.extra_bytes(adapters) + pipeline.merger.extra_bytes(staged.acceleration)
-        )
+        bytes_ = staged.bytes + pipeline.merger.bytes + pipeline.slots.bytes + staged.bytes_ahead(slots=True)
         if not pipeline.slots.takes(adapters) or bytes_ > self._device.budget:
             return "merged"
         return self.costs.choose(lane, groups)
+
+    def _fitting(self, staged: Staged, recipes: Sequence[Recipe], way: Way) -> int:
+        """How many images the device is estimated to have room for at once, with everything where it belongs."""
+        first, pipeline = recipes[0], staged.entry.loaded
+        most = max(1, self._most // (first.frames or 1))
+        need = need_of(pipeline, pipeline.vaes[first.vae] if first.vae else pipeline.vae, first, self._device)
+
+        def evict() -> bool:
+            gone = self._residents.evict_idle(staged.entry)
+            self._device.free()
+            return gone
+
+        ahead = staged.bytes_ahead(slots=way == "slots")
+        size = fitting(need, most, lambda: self._device.room - ahead, self.compiler.rows, evict)
+        if size < min(most, len(recipes)):
+            log.info("micro-batch kept small: memory is short", lane=first.lane, size=size, each=need.of(1))
+        return size
 
     def _once(
         self, staged: Staged, every: Sequence[Recipe], part: Sequence[int], on_step: OnStep, way: Way
@@ -284,29 +278,27 @@ class Engine:
             told.update(zip(places, texts(pipeline, some, key, spread), strict=True))
         return [told[place] for place in range(len(recipes))]
 
-    def _prepare(self, staged: Staged, recipe: Recipe, way: Way) -> float:
-        """Everything on the device, merged or in slots; answers the seconds that filling slots took.
+    def _settled(self, staged: Staged, act: Callable[[], T], *, again: bool = True) -> T:
+        """What has to be on the device before anything is rendered. Out of memory once: drop what is idle and try
+        again."""
+        try:
+            return act()
+        except Exception as error:  # noqa: BLE001  # sorted in there: only out of memory passes
+            self._raise_unless_memory(error)
+        # Out of the except block, where the traceback no longer holds the tensors.
+        pipeline = staged.entry.loaded
+        pipeline.clear_slots()
+        self.compiler.free(pipeline)
+        left = clear_others(staged, self.compiler.forget)
+        self._device.free()
+        if not again or not (self._residents.evict_idle(staged.entry) or left):
+            raise OutOfMemory("the device has no room for this checkpoint with its adapters")
+        return self._settled(staged, act, again=False)
 
-        Out of memory once: drop what is idle and try again.
-        """
-        filling = 0.0
+    def _prepare(self, staged: Staged, recipe: Recipe, way: Way) -> float:
+        """Adapters merged or in slots; answers the seconds that filling slots took."""
+        filling = self._settled(staged, partial(self._merge, staged, recipe, way))
         entry = staged.entry
-        for again in (True, False):
-            try:
-                self._residents.admit(entry)
-                if staged.vae is not None and recipe.vae is not None:
-                    entry.loaded.vaes.setdefault(recipe.vae, staged.vae.to(self._device.place))
-                self._seat(staged)
-                filling = self._merge(staged, recipe, way)
-            except Exception as error:  # noqa: BLE001  # sorted in there: only out of memory passes
-                self._raise_unless_memory(error)
-            else:
-                break
-            entry.loaded.clear_slots()
-            self.compiler.free(entry.loaded)
-            self._device.free()
-            if not (again and self._residents.evict_idle(entry)):
-                raise OutOfMemory("the device has no room for this checkpoint with its adapters")
         entry.bytes = entry.loaded.bytes
         entry.acceleration = recipe.acceleration
         entry.adapter_set = recipe.adapter_set if way == "merged" else ""
@@ -315,19 +307,6 @@ class Engine:
         while len(self._lanes) > LANES_REMEMBERED:
             self._lanes.popitem(last=False)
         return filling
-
-    def _seat(self, staged: Staged) -> None:
-        """Its ControlNets and motion adapter on the device. This checkpoint's others leave where there is no room."""
-        pipeline = staged.entry.loaded
-        new = {hash_: net for hash_, net in staged.nets.items() if hash_ not in pipeline.nets}
-        extra = sum(measured(net.parameters()) for net in new.values())
-        if pipeline.bytes + extra > self._device.budget:
-            for hash_ in pipeline.nets.keys() - staged.nets.keys():
-                del pipeline.nets[hash_]
-                pipeline.moving.pop(hash_, None)
-        self._residents.reserve(staged.entry, extra)
-        for hash_, net in new.items():
-            pipeline.nets[hash_] = net.to(self._device.place)
 
     def _merge(self, staged: Staged, recipe: Recipe, way: Way) -> float:
         """The weights as this recipe's lane wants them; its adapter set merged, or every set of `staged` in slots.
@@ -338,8 +317,7 @@ class Engine:
         uses = [*staged.acceleration, *(staged.styles[recipe.adapter_set] if way == "merged" else ())]
         adapters = [] if way == "merged" else list(distinct(list(staged.styles.values())))
         extra = pipeline.merger.extra_bytes(uses) + (pipeline.slots.extra_bytes(adapters) if adapters else 0)
-        if way == "merged" and pipeline.bytes + extra > self._device.budget:
-            pipeline.clear_slots()
+        tighten(staged, extra, self._device, self.compiler.forget, with_slots=way == "merged")
         self._residents.reserve(staged.entry, extra)
         started = time.perf_counter()
         if pipeline.merger.apply(uses) and way == "merged":

@@ -141,8 +141,8 @@ class Pipeline:
     @property
     def bytes(self) -> int:
         """Bytes of all weights, buffers, pristine copies and slots, each storage counted once."""
-        others = sum(measured(_tensors(one)) for one in (*self.vaes.values(), *self.nets.values()))
-        return self._own_bytes + others + self.merger.bytes + self.slots.bytes
+        beside = weighed((*self.vaes.values(), *self.nets.values()))
+        return self._own_bytes + beside + self.merger.bytes + self.slots.bytes
 
     @property
     def host_bytes(self) -> int:
@@ -168,6 +168,11 @@ def measured(tensors: Iterable[Tensor]) -> int:
         storage = tensor.untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
+
+
+def weighed(modules: Iterable[nn.Module]) -> int:
+    """Bytes of the weights and buffers of modules that share none."""
+    return sum(measured(_tensors(one)) for one in modules)
 
 
 def check_folder(folder: Path) -> Family:

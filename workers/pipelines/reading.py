@@ -14,7 +14,7 @@ from workers.pipelines.adapters import read_adapter
 from workers.pipelines.cache import Entry, Residents
 from workers.pipelines.device import Device
 from workers.pipelines.factors import Adapter, Use
-from workers.pipelines.load import Pipeline, estimate, estimate_part, load, load_net, load_vae
+from workers.pipelines.load import Pipeline, estimate, estimate_part, load, load_net, load_vae, weighed
 from workers.pipelines.lru import Shelf
 from workers.pipelines.targets import aliases
 from workers.pipelines.upsample import merge_upsampling
@@ -35,20 +35,25 @@ class Library:
         """A checkpoint in memory, counted as in use until it is released."""
         return self._residents.hold(checkpoint, lambda: self._load(checkpoint))
 
-    def vae(self, vae: str, pipeline: Pipeline) -> Any:
-        """A VAE that replaces a checkpoint's own, in host memory."""
-        return self._tuned(load_vae(self._fetch(vae), pipeline.family, pipeline.unet.dtype, self._device.vae_dtype))
-
-    def nets(self, wanted: Sequence[str], pipeline: Pipeline) -> dict[str, Any]:
-        """ControlNets and motion adapters by hash, those not yet at this checkpoint read into host memory.
+    def beside(self, nets: Sequence[str], vae: str | None, pipeline: Pipeline) -> tuple[dict[str, Any], dict[str, Any]]:
+        """By hash, ControlNets and motion adapters, and the VAE that replaces the checkpoint's own; those not yet at
+        this checkpoint are read into host memory.
 
         Raises OutOfMemory, before any is read, when they can never fit the device beside the checkpoint.
         """
-        folders = {hash_: self._fetch(hash_) for hash_ in wanted}
-        sizes = [estimate_part(folder, pipeline.unet.dtype) for folder in folders.values()]
-        self._residents.refuse_beside(pipeline, sum(sizes))
-        known = dict(pipeline.nets)
-        return {hash_: known.get(hash_) or load_net(folder, pipeline.unet.dtype) for hash_, folder in folders.items()}
+        dtype, vae_dtype = pipeline.unet.dtype, self._device.vae_dtype
+        # A VAE may need the wider number type.
+        wide = max(dtype, vae_dtype, key=lambda one: one.itemsize)
+        known = {**pipeline.nets, **pipeline.vaes}
+        types = {**dict.fromkeys(nets, dtype), **({vae: wide} if vae else {})}
+        folders = {hash_: self._fetch(hash_) for hash_ in types if hash_ not in known}
+        need = weighed(known[hash_] for hash_ in types if hash_ in known)
+        need += sum(estimate_part(folder, types[hash_]) for hash_, folder in folders.items())
+        self._residents.refuse_beside(pipeline, need)
+        found = {hash_: known.get(hash_) or load_net(folders[hash_], dtype) for hash_ in nets}
+        if not vae:
+            return found, {}
+        return found, {vae: known.get(vae) or self._tuned(load_vae(folders[vae], pipeline.family, dtype, vae_dtype))}
 
     def uses(self, wanted: Sequence[AdapterUse], pipeline: Pipeline) -> tuple[Use, ...]:
         """Adapters parsed for pipelines of this structure, at their weights."""

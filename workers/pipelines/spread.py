@@ -31,12 +31,12 @@ class Spread:
     does in a part of something that is spread already."""
 
     def __init__(self, cores: int = 1) -> None:
-        self._cores = cores
+        self.cores = cores
         self._pool = ThreadPoolExecutor(cores, thread_name_prefix="render") if cores > 1 else None
 
     def parts(self, rows: int) -> list[slice]:
         """The rows of a micro-batch in as many parts as there are cores, or rows."""
-        size = rows if _here.in_a_part else -(-rows // min(self._cores, rows))
+        size = rows if _here.in_a_part else -(-rows // min(self.cores, rows))
         return [slice(start, start + size) for start in range(0, rows, size)]
 
     def run(self, calls: Sequence[Callable[[], T]], threads: int | None = None) -> list[T]:
@@ -46,8 +46,8 @@ class Spread:
         """
         if self._pool is None or _here.in_a_part:
             return [call() for call in calls]
-        each = threads or max(1, self._cores // max(1, len(calls)))
-        if each == self._cores:
+        each = threads or max(1, self.cores // max(1, len(calls)))
+        if each == self.cores:
             torch.set_num_threads(each)
             return [call() for call in calls]
         return _answers([self._pool.submit(_alone, call, each) for call in calls])
@@ -58,7 +58,7 @@ class Spread:
         """
         if self._pool is None or _here.in_a_part or len(calls) == 1:
             return [answer for call in self.run(calls) for answer in self.run(call)]
-        pool, each = self._pool, max(1, self._cores // max(1, len(calls)))
+        pool, each = self._pool, max(1, self.cores // max(1, len(calls)))
 
         def further(call: Callable[[], Sequence[Callable[[], T]]]) -> list[Future[T]]:
             return [pool.submit(_alone, one, each) for one in call()]
