@@ -15,7 +15,7 @@ from workers.pipelines.engine import Engine
 def main() -> None:
     torch.set_num_threads(1)
     asked = json.loads(Path(sys.argv[1]).read_text())
-    engine = Engine(farm_settings(), lambda name: Path(asked["places"][name]))
+    engine = Engine(farm_settings(**asked["settings"]), lambda name: Path(asked["places"][name]))
     hashes = []
     for part in asked["parts"]:
         recipes = [Recipe.parse(body) for body in part]

@@ -128,15 +128,15 @@ def test_what_a_lane_adds(pipeline: Pipeline) -> None:
 
 def test_as_many_as_fit() -> None:
     need = Need(drawn=100, decoded=300, at_once=2, kept=0)
-    assert [need.of(images) for images in (1, 2, 6, 8)] == [375, 750, 750, 1000]
+    assert [need.of(images) for images in (1, 2, 6, 8)] == [450, 900, 900, 1200]
 
     def found(free: int, most: int = 8, padded: Callable[[int], int] = lambda images: images) -> int:
         return fitting(need, most, lambda: free, padded, lambda: False)
 
-    assert [found(free) for free in (1000, 999, 750, 749, 374, -5)] == [8, 4, 4, 1, 1, 1]
-    assert found(1000, most=5) == 5
-    assert found(999, most=5, padded=lambda images: 8 if images > 4 else images) == 3, "rows that are added count"
-    freed = iter((200, 1000))
+    assert [found(free) for free in (1200, 1199, 900, 899, 449, -5)] == [8, 4, 4, 1, 1, 1]
+    assert found(900, most=5) == 5
+    assert found(1199, most=5, padded=lambda images: 8 if images > 4 else images) == 3, "rows that are added count"
+    freed = iter((200, 1200))
     assert fitting(need, 8, lambda: next(freed), lambda images: images, lambda: True) == 8
     assert next(freed, None) is None, "room was made once, for one that did not fit"
 
