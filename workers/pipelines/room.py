@@ -35,9 +35,9 @@ FULL_SIZE = 3
 KEPT = 64
 """Bytes a pixel of a picture that outlast the networks: pixels drawn and drawn from, latents, their noise."""
 HEADROOM = 1.5
-"""What allocators round up and leave unused between blocks, and kernels use as scratch. Measured on a CPU as growth of the
-process: crack-tiny, 2 pictures of 256x256 and 4 of 512x512, 1.37 and 1.26 times what is counted; SDXL's VAE in float32,
-256x256 and 2 of 384x384, 1.47 and 1.31 times."""
+"""What allocators round up and leave unused between blocks, and kernels use as scratch. Measured on a CPU as growth of
+the process: crack-tiny, 2 pictures of 256x256 and 4 of 512x512, 1.37 and 1.26 times what is counted; SDXL's VAE in
+float32, 256x256 and 2 of 384x384, 1.47 and 1.31 times."""
 
 
 class Need(NamedTuple):
