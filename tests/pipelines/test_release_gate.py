@@ -110,7 +110,7 @@ def test_the_same_recipe_gives_the_same_picture(fetch: Fetch, model: str, dtype:
     bare = render(engine, [wanted(model, adapters=[])])
     assert apart(alone[:1], bare) > 1, "the style is seen"
     together: dict[int, list[np.ndarray]] = {}
-    for _ in COMPILES if compiles else [False]:
+    for _ in range(1 + compiles):
         for size in (2, 3, COUNT):
             parts = [recipes[start : start + size] for start in range(0, COUNT, size)]
             together[size] = [picture for part in parts for picture in render(engine, part)]
