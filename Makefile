@@ -6,8 +6,8 @@ BIN := $(VENV)/bin
 # Installed again only when the pins, the package's own requirements, or the place of the checkout change.
 KEY := $(shell { cat pyproject.toml constraints.txt; echo '$(CURDIR)'; } | sha256sum | cut -c1-16)
 STAMP := $(VENV)/.installed-$(KEY)
-# Test processes: on two cores the third and fourth fill the time in which the others wait for servers and timers.
-PYTEST_WORKERS ?= 4
+# Test processes: on two cores the third fills the time in which the others wait for servers and timers; a fourth costs more.
+PYTEST_WORKERS ?= 3
 # Rows of the chaos suite that run at a time: most of them wait most of the time.
 CHAOS_ROWS ?= 4
 
