@@ -3,7 +3,8 @@
     python -m benchmarks.model_card --settings WORK/settings.json --log WORK.log... --hardware "2 cores of ..."
         [--style WORK/style-settings.json] [--note TEXT]... [--report benchmarks/out/crack_tiny.json] [--docs docs]
         [--control CONTROL.json]
-    python -m benchmarks.model_card --control CONTROL.json        # that section alone, in the card there is
+    python -m benchmarks.model_card --report REPORT.json          # what was measured alone, in the card there is
+    python -m benchmarks.model_card --control CONTROL.json        # that section alone, likewise
 
 No figure in the card is typed by hand: the table and the promises come from the benchmark's report, the recipe from
 the training's settings and logs, sizes from the files. `--control` is the report of `benchmarks.control
@@ -27,6 +28,7 @@ from benchmarks.crack_tiny import MODEL
 from benchmarks.stock import model_key, style_of
 from benchmarks.training_record import BadRecord, record, rows
 
+REPORT = Path("benchmarks/out/crack_tiny.json")
 COLUMNS = ("wall", "crack", "direction", "hairlines", "distance", "sharpness")
 SHEETS = {
     "crack_tiny_prompts.png": "crack-tiny-prompts.webp",
@@ -106,13 +108,37 @@ a found one as near.
 LOOKS = {"painted": "painted pictures", "with control": "with the ControlNet", "without": "without"}
 """What was looked at, as the card calls it."""
 
-LIMITS_TITLE = "## Limits"
+MEASURED_TITLE, LIMITS_TITLE = "## Measured", "## Limits"
 LIMITS = """## Limits
 
 {notes}- It knows painted walls, not photographs, and the words of the painter's captions; other words are guessed at.
 - Trained at 128x128. Other sizes from 64 to 256 are accepted; they were not measured.
 - The rates are an analyser's, which errs itself, and the classifier behind the distances learned from the same painter
   as the model."""
+
+
+def with_measured(text: str, report: dict[str, Any], folder: Path, notes: Sequence[str]) -> str:
+    """A card with another report's figures in it, and what they miss among its limits; all else stays as it was.
+
+    `notes` take the place of those there are, if there are any. Raises BadRecord when the report is about another
+    model, or the text is no card.
+    """
+    refuse_another(report, folder)
+    if any(text.count(f"\n{title}\n") != 1 for title in (MEASURED_TITLE, LIMITS_TITLE)):
+        raise BadRecord(f"the card has no section {MEASURED_TITLE!r} before one {LIMITS_TITLE!r}")
+    before, _, rest = text.partition(f"\n{MEASURED_TITLE}\n")
+    between, _, limits = rest.partition(f"\n{LIMITS_TITLE}\n")
+    control = between.partition(f"\n{CONTROL_TITLE}\n")
+    always = LIMITS.format(notes="").partition(f"{LIMITS_TITLE}\n\n")[2]
+    kept = [line.removeprefix("- ") for line in limits.partition(always)[0].split("\n") if line.startswith("- ")]
+    kept = list(notes) or [note for note in kept if not note.startswith("Not reached: ")]
+    parts = [
+        before,
+        f"{_measured(report)}\n",
+        *([f"{CONTROL_TITLE}\n{control[2]}"] if control[1] else []),
+        LIMITS.format(notes="".join(f"- {note}\n" for note in [*_missed(report), *kept])),
+    ]
+    return "\n".join(parts) + "\n"
 
 
 def with_control(text: str, report: dict[str, Any], folder: Path) -> str:
@@ -231,7 +257,9 @@ def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Write the card; 1 and a reason when something is missing."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.model_card")
-    parser.add_argument("--report", type=Path, default=Path("benchmarks/out/crack_tiny.json"))
+    parser.add_argument(
+        "--report", type=Path, help=f"of benchmarks.crack_tiny (default: {REPORT}); alone: in the card there is"
+    )
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--settings", type=Path, help="settings.json of the training")
     parser.add_argument("--style", type=Path, help="style-settings.json of the style's training")
@@ -242,19 +270,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--docs", type=Path, help="where contact sheets go")
     given = parser.parse_args(arguments)
     whole = given.settings and given.log and given.hardware
-    if not whole and (given.control is None or given.settings or given.log or given.hardware):
-        parser.error("a card needs --settings, --log and --hardware; --control alone writes its section only")
+    if not whole and (not (given.control or given.report) or given.settings or given.log or given.hardware):
+        parser.error("a card needs --settings, --log and --hardware; --report or --control alone write their sections")
     try:
         text = (given.model / "README.md").read_text("utf-8") if not whole else ""
+        path = given.report or REPORT
         if whole:
             made = record(given.settings, given.log, given.hardware, given.style, given.note)
-            text = card(json.loads(given.report.read_text("utf-8")), made, given.model)
+            text = card(json.loads(path.read_text("utf-8")), made, given.model)
+        elif given.report:
+            text = with_measured(text, json.loads(path.read_text("utf-8")), given.model, given.note)
         if given.control:
             text = with_control(text, json.loads(given.control.read_text("utf-8")), given.model)
         (given.model / "README.md").write_text(text, "utf-8")
         for name, target in SHEETS.items() if given.docs else ():
-            if (given.report.parent / name).exists():
-                Image.open(given.report.parent / name).save(given.docs / target, quality=82, method=6)
+            if (path.parent / name).exists():
+                Image.open(path.parent / name).save(given.docs / target, quality=82, method=6)
     except (BadRecord, OSError) as error:
         sys.stderr.write(f"no card: {error}\n")
         return 1

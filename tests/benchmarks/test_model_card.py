@@ -121,6 +121,37 @@ def test_the_control_nets_figures_stand_before_the_limits(
         model_card.main(["--control", str(told), "--hardware", "toy"])
 
 
+def test_another_report_takes_the_place_of_the_figures_alone(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings, log = files(tmp_path)
+    made = record(settings, [log], "two toy cores", None, ["Smells of paint."])
+    better = report(folder)
+    for row in better["rows"].values():
+        row.update({"distance": 0.5} if row["lcm"] else {"wall": 0.5, "crack": 0.5, "direction": 0.5})
+    better["verdicts"] = verdicts(better)
+    (tmp_path / "report.json").write_text(json.dumps(better))
+    card = folder / "README.md"
+    given = ["--model", str(folder), "--report", str(tmp_path / "report.json")]
+    for control in ("", f"{model_card.CONTROL_TITLE}\n\nWhat control gave.\n\n"):
+        before, after = (
+            model_card.card(one, made, folder).replace("## Limits", f"{control}## Limits")
+            for one in (report(folder), better)
+        )
+        card.write_text(before)
+        assert "- Not reached: " in before
+        assert "- Not reached: " not in after
+        assert model_card.main(given) == 0
+        assert card.read_text() == after
+    assert model_card.main([*given, "--note", "Dry by now.", "--note", "Sold."]) == 0
+    assert card.read_text() == after.replace("- Smells of paint.\n", "- Dry by now.\n- Sold.\n")
+    card.write_text("# another text\n")
+    assert model_card.main(given) == 1
+    assert "the card has no section '## Measured'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        model_card.main(["--model", str(folder)])
+
+
 def test_a_report_about_another_model_is_refused(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

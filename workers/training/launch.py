@@ -17,7 +17,7 @@ def main(devices: int) -> int:
         run.main(["--standalone", f"--nproc-per-node={devices}", "-m", PROGRAM])
     except ChildFailedError as error:
         _, first = error.get_first_failure()
-        return max(1, first.exitcode)
+        return max(1, int(first.exitcode))
     except SignalException:
         return 130
     return 0
