@@ -51,6 +51,9 @@ def freeze_workers(chaos: Chaos, *, stops: int, workers: int) -> None:
                 thawing.remove((due, worker))
                 worker.frozen = False
                 worker.process.send(signal.SIGCONT)
+                if worker.process.faults.at:
+                    # Its trap springs once: without leave it would stay, and a long run would be a crowd of them.
+                    worker.process.send(signal.SIGTERM)
         for worker in chaos.alive():
             # A trapped one stopped by itself.
             if not worker.frozen and worker.process.faults.at and _is_stopped(worker):
