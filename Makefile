@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 # Installed again only when the pins, the package's own requirements, or the place of the checkout change.
 KEY := $(shell { cat pyproject.toml constraints.txt; echo '$(CURDIR)'; } | sha256sum | cut -c1-16)
 STAMP := $(VENV)/.installed-$(KEY)
+COMPILED := $(VENV)/.compiled-$(KEY)
 # Test processes: on two cores the third fills the time in which the others wait for servers and timers; a fourth costs more.
 PYTEST_WORKERS ?= 3
 # Rows of the chaos suite that run at a time: most of them wait most of the time.
@@ -35,14 +36,17 @@ $(STAMP): pyproject.toml constraints.txt
 	  { echo 'Python cannot make a virtual environment here; on Debian: apt-get install python3-venv' >&2; exit 1; }
 	@echo 'Installing into $(VENV) (once; a few minutes, most of it PyTorch)'
 	$(BIN)/python -m pip install --disable-pip-version-check --no-compile -c constraints.txt -e '.[worker,embedded,test]'
-	@rm -f $(VENV)/.installed-* && touch $@
+	@rm -f $(VENV)/.installed-* $(VENV)/.compiled-* && touch $@
 
 demo: $(STAMP)  ## render four pictures through the whole farm
 	@$(BIN)/farm demo
 
-# The linters run beside the tests, in the time in which those wait, and say at the end what they found.
+# The linters run beside the tests, in the time in which those wait, and say at the end what they found. Before the first
+# tests one process imports all there is to import: several would each compile the same thousands of modules.
 test: $(STAMP)  ## everything: linters, types, import contracts, all tests on real servers
 	@mkdir -p build; { $(LINT); } > build/lint.log 2>&1 & lint=$$!; \
+	test -e $(COMPILED) || { echo 'Compiling what the tests import (once)'; \
+	  $(BIN)/python -m pytest --collect-only --quiet > build/collected.log && touch $(COMPILED); }; \
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadgroup; tests=$$?; \
 	wait $$lint; linters=$$?; cat build/lint.log; \
 	test $$tests -eq 0 && test $$linters -eq 0 || { echo "tests: exit code $$tests; linters: $$linters" >&2; exit 1; }

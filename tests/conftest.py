@@ -23,6 +23,13 @@ from farm.storage import Store
 from tests.databases import Databases
 
 TEMPLATE = "template_farm"
+SHORT = {"api", "client", "farm", "painter"}
+"""Folders whose tests take less than a second, nearly all."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The short ones last: no test process is then left with a long one when the others have nothing any more."""
+    items.sort(key=lambda item: item.path.parent.name in SHORT)
 
 
 @pytest.fixture(scope="session")

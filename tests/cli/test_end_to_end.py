@@ -1,4 +1,4 @@
-"""The command line against a whole farm, with the default model: first the demo, then a farm that stays."""
+"""A whole farm with the default model: first the demo, then one that stays for the command line and for README."""
 
 import hashlib
 import os
@@ -22,6 +22,7 @@ from farm.models import SCHEMA_VERSION
 from farm.painter import Scene, paint
 from farm.stack import running
 from farm.stack.stack import Stack
+from tests.readers import blocks, python, shell
 
 # In one process, where tests run in several: the farm it starts takes longer than all that is done with it.
 pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("end-to-end")]
@@ -63,6 +64,15 @@ def farm(home: Path, demonstration: tuple[Result, set[int]]) -> Iterator[Farm]:
             return _farm(*arguments, "--data-dir", data_dir, stdin=stdin)
 
         yield farm
+
+
+@pytest.fixture(scope="module")
+def reader(home: Path, farm: Farm) -> Path:
+    """Where README's reader stands: a folder in which `.farm` is the data directory of a farm that runs."""
+    folder = home / "reader"
+    folder.mkdir()
+    (folder / ".farm").symlink_to(home / "demo")
+    return folder
 
 
 def test_the_farm_is_started_once(request: pytest.FixtureRequest) -> None:
@@ -241,3 +251,28 @@ def test_models_and_keys_and_migrate_work_on_the_servers_themselves(farm: Farm) 
     assert "crack-tiny" in farm("migrate").stdout
     told = orjson.loads(farm("migrate", "--json").stdout)
     assert told == {"schema_before": SCHEMA_VERSION, "schema": SCHEMA_VERSION, "bucket": "farm", "model": "crack-tiny"}
+
+
+def test_the_readmes_commands_in_order(reader: Path) -> None:
+    scripts = [block for block in blocks("sh") if "farm " in block]
+    assert len(scripts) == 3, "render, submit, watch"
+    said = ""
+    for script in scripts:
+        before, _, after = script.partition("farm download BATCH")
+        said += (printed := shell(before, reader))
+        if after:
+            batch = re.findall(r"^batch ([0-9a-f-]{36}): 3 jobs$", printed, re.MULTILINE)[-1]
+            said += shell(f"farm download {batch}{after}", reader)
+    with Image.open(reader / "crack.png") as picture:
+        assert picture.info["parameters"].startswith("A single split crack on a concrete wall")
+    assert len(list((reader / "pictures").glob("*.png"))) == 3
+    assert (reader / "pictures/manifest.ndjson").read_text().count("\n") == 3
+    assert "Water draining down" in said, "jobs by label"
+    assert "crack-tiny" in said, "status"
+    assert "walls" in said, "batches"
+
+
+def test_the_readmes_python_example(reader: Path) -> None:
+    (example,) = blocks("python")
+    assert python(example, reader).startswith("8 of 8 pictures\n")
+    assert len(list((reader / "cracks").glob("*.png"))) == 8

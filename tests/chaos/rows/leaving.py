@@ -67,7 +67,8 @@ def _run_out_of_memory(chaos: Chaos, done: Event) -> None:
 def roll_workers(chaos: Chaos, *, waves: int, workers: int = 4) -> None:
     """R10. Waves of SIGTERM, one worker after the other; every second one a spot notice to all at once, with SIGKILL
     15 s later. What does not fit the grace period comes back within 5 s, and no attempt is spent."""
-    quick, long = Faults(step_seconds=0.1), Faults(step_seconds=0.4)
+    # Forty seconds of work fit no grace period, however late on a busy machine the notice comes.
+    quick, long = Faults(step_seconds=0.1), Faults(step_seconds=1.0)
     chaos.keep(workers, quick)
     for wave in range(waves):
         spot = wave % 2 == 1
@@ -98,7 +99,9 @@ def roll_workers(chaos: Chaos, *, waves: int, workers: int = 4) -> None:
     """):
         if row.outcome == "crashed" and not excused:
             chaos.fail(f"worker {row.worker_id} was told to leave and lost a job")
-        slowest = max(slowest, float(row.at) - told.get(row.worker_id, float("inf")))
+        # What was nearly done may be finished in the grace period; that is no give-back.
+        if row.outcome == "given_back":
+            slowest = max(slowest, float(row.at) - told.get(row.worker_id, float("inf")))
     chaos.figures.add("slowest give-back s", slowest)
     if slowest > GIVEN_BACK_WITHIN + chaos.slack + chaos.stalls.seconds:
         chaos.fail(f"a leaving worker held its jobs for {slowest:.1f} s")
