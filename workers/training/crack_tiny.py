@@ -9,6 +9,7 @@ checkpoints to the working folder and continues there after a kill; the same com
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import sys
@@ -27,7 +28,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from farm.painter import Scene, caption, sample_scene
 from farm.painter.scene import DIRECTIONS, FORMS, LIGHTS, WALLS, WIDTHS
 from workers.training import autoencoder, diffusion, distill, sharpen, tokens
-from workers.training.errors import TrainingError
+from workers.training.errors import UNFINISHED, TrainingError, UnfinishedError
 from workers.training.export import export_lora, export_pipeline, export_profile
 from workers.training.loop import Plan
 from workers.training.pool import Pool, open_pool
@@ -130,7 +131,12 @@ class Recipe:
         return model
 
     def latents(self) -> np.ndarray[tuple[int, ...], np.dtype[np.float16]]:
-        return diffusion.encode_pool(self.refine(), self.pool(), self.work / "latents.npy")
+        """What the finished autoencoder makes of the pool: kept under a name that no other one of either shares."""
+        vae = self.refine()
+        mark = hashlib.sha256(f"{self.settings.pool} {self.settings.seed}".encode())
+        for value in vae.state_dict().values():
+            mark.update(value.numpy().tobytes())
+        return diffusion.encode_pool(vae, self.pool(), self.work / f"latents-{mark.hexdigest()[:12]}.npy")
 
     def words(self) -> CLIPTextModel:
         """A text encoder that knows what captions are about."""
@@ -356,12 +362,14 @@ PROFILE = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the recipe, or one stage with everything before it; 1 and a reason when it cannot."""
+    """Run the recipe, or one stage with all before it; 1 and a reason when it cannot, 3 when its time is over."""
     parser = argparse.ArgumentParser(prog="python -m workers.training.crack_tiny")
     parser.add_argument("--work", type=Path, required=True, help="folder for data and checkpoints")
     parser.add_argument("--out", type=Path, help="folder for the model (default: WORK/crack-tiny)")
     parser.add_argument("--stage", choices=STAGES, default="export", help="last stage to run")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="stop each stage after")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="leave a stage that takes longer, with status 3"
+    )
     parser.add_argument("--quick", action="store_true", help="ten minutes, rough pictures")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     default = Settings()
@@ -381,7 +389,10 @@ def main(arguments: list[str] | None = None) -> int:
             recipe.export(given["out"] or given["work"] / "crack-tiny")
         else:
             getattr(recipe, given["stage"])()
-    except TrainingError as error:
+    except UnfinishedError as pause:
+        sys.stderr.write(f"{pause}\n")
+        return UNFINISHED
+    except (TrainingError, OSError) as error:
         sys.stderr.write(f"training stopped: {error}\n")
         return 1
     return 0

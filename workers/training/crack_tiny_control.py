@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from workers.training import diffusion
-from workers.training.errors import TrainingError
+from workers.training.errors import UNFINISHED, TrainingError, UnfinishedError
 from workers.training.loop import Plan, Say, train
 from workers.training.pool import open_pool
 
@@ -174,7 +174,7 @@ def _mark(folder: Path, settings: Settings) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Train and write the ControlNet; 1 and a reason when it cannot."""
+    """Train and write the ControlNet; 1 and a reason when it cannot, 3 when its time is over."""
     parser = argparse.ArgumentParser(prog="python -m workers.training.crack_tiny_control")
     parser.add_argument("--model", type=Path, required=True, help="folder of the finished model")
     parser.add_argument("--work", type=Path, required=True, help="folder for data and checkpoints")
@@ -184,7 +184,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--pictures", type=int, default=default.pictures)
     parser.add_argument("--batch", type=int, default=default.batch)
     parser.add_argument("--rate", type=float, default=default.rate)
-    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after; the same command goes on")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="stop after, with status 3; the same command goes on"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
@@ -194,7 +196,10 @@ def main(arguments: list[str] | None = None) -> int:
         net = fit(given.model, given.work, settings, minutes=given.minutes, say=partial(print, flush=True))
         size = export(out, net)
         (given.work / "control-settings.json").write_text(json.dumps(asdict(settings), indent=2) + "\n", "utf-8")
-    except TrainingError as error:
+    except UnfinishedError as pause:
+        sys.stderr.write(f"{pause}\n")
+        return UNFINISHED
+    except (TrainingError, OSError) as error:
         sys.stderr.write(f"training stopped: {error}\n")
         return 1
     sys.stdout.write(f"{out}: {size / 1e6:.1f} MB\n")

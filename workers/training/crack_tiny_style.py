@@ -28,7 +28,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from farm.painter import Scene, sample_scene
 from farm.painter.night import night_caption, paint_night
 from workers.training import diffusion, distill
-from workers.training.errors import TrainingError
+from workers.training.errors import UNFINISHED, TrainingError, UnfinishedError
 from workers.training.export import export_lora
 from workers.training.loop import Plan, Say, train
 from workers.training.pool import Pool
@@ -124,7 +124,7 @@ def _mark(folder: Path, settings: Settings) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Train and write the adapter; 1 and a reason when it cannot."""
+    """Train and write the adapter; 1 and a reason when it cannot, 3 when its time is over."""
     parser = argparse.ArgumentParser(prog="python -m workers.training.crack_tiny_style")
     parser.add_argument("--model", type=Path, required=True, help="folder of the finished model")
     parser.add_argument("--work", type=Path, required=True, help="folder for data and checkpoints")
@@ -133,7 +133,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=default.steps)
     parser.add_argument("--pictures", type=int, default=default.pictures)
     parser.add_argument("--rate", type=float, default=default.rate)
-    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after; the same command goes on")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="stop after, with status 3; the same command goes on"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
@@ -144,7 +146,10 @@ def main(arguments: list[str] | None = None) -> int:
         notes = {"modelspec.title": f"crack-tiny {NAME}", "modelspec.license": "Apache-2.0"}
         export_lora(out, unet, notes)
         (given.work / "style-settings.json").write_text(json.dumps(asdict(settings), indent=2) + "\n", "utf-8")
-    except TrainingError as error:
+    except UnfinishedError as pause:
+        sys.stderr.write(f"{pause}\n")
+        return UNFINISHED
+    except (TrainingError, OSError) as error:
         sys.stderr.write(f"training stopped: {error}\n")
         return 1
     sys.stdout.write(f"{out}: {out.stat().st_size / 1e6:.1f} MB\n")

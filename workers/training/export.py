@@ -52,20 +52,29 @@ def export_pipeline(
         (folder / "tokenizer" / "vocab.json").write_text(vocabulary, "utf-8")
         lines = "\n".join(["#version: 0.2", *pairs])
         (folder / "tokenizer" / "merges.txt").write_text(lines + "\n", "utf-8")
-    except OSError as error:
+    # safetensors says "I/O error" with an exception of its own.
+    except Exception as error:
         raise TrainingError(f"cannot write the pipeline to {folder}: {error}") from error
 
 
 def export_lora(path: Path, unet: UNet2DConditionModel, notes: Mapping[str, str]) -> None:
-    """Write the adapter of `unet` as one safetensors file that `load_lora_weights` reads."""
+    """Write the adapter of `unet` as one safetensors file that `load_lora_weights` reads.
+
+    What stood there before is replaced only by something whole. Raises TrainingError when it cannot be written.
+    """
     tensors = kohya({"lora_unet": unet})
-    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_name(f"{path.name}.part")
     try:
-        save_file(tensors, path, metadata={"format": "pt", **notes})
-    except OSError as error:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, half, metadata={"format": "pt", **notes})
+        whole = load_file(half).keys() == tensors.keys()
+        if whole:
+            half.replace(path)
+    except Exception as error:
+        half.unlink(missing_ok=True)
         raise TrainingError(f"cannot write the adapter to {path}: {error}") from error
-    if load_file(path).keys() != tensors.keys():
-        raise TrainingError(f"{path} did not survive writing")
+    if not whole:
+        raise TrainingError(f"{half} did not survive writing")
 
 
 def export_profile(path: Path, profile: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from workers.training.errors import TrainingError
+from workers.training.errors import TrainingError, UnfinishedError
 
 Step = Callable[[int, np.random.Generator], Tensor]
 Say = Callable[[str], None]
@@ -111,18 +111,19 @@ def train(
     *,
     averages: Mapping[str, Average] | None = None,
     say: Say = print,
-) -> int:
-    """Train `modules` with AdamW until the plan ends; returns the number of steps done so far.
+) -> None:
+    """Train `modules` with AdamW until the plan ends.
 
     `step(number, rng)` returns the loss. Raises TrainingError when a loss or gradient is not
-    finite or a checkpoint cannot be written; the previous checkpoint then stays as it was.
+    finite or a checkpoint cannot be written; the previous checkpoint then stays as it was. Raises
+    UnfinishedError, with everything in the checkpoint, when the plan's minutes are over first.
     """
     averages = averages or {}
     weights = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
     if not weights:
         raise TrainingError("nothing to train: no weight requires a gradient")
     optimizer = torch.optim.AdamW(weights, lr=plan.rate, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
-    done = _resume(checkpoint, modules, averages, optimizer)
+    done = _resume(checkpoint, modules, averages, optimizer, plan.seed)
     first, started, smooth = done, time.monotonic(), math.nan
     lap = started
     while done < plan.steps and time.monotonic() - started < plan.minutes * 60:
@@ -151,10 +152,11 @@ def train(
             say(f"{checkpoint.stem} {done}/{plan.steps} loss {smooth:.4f} "
                 f"{pace:.3f} s/step {left:.1f} min left")  # fmt: skip
         if done % plan.save_every == 0 or done == plan.steps:
-            save(checkpoint, _state(done, modules, averages, optimizer))
-    if done > first and done % plan.save_every:
-        save(checkpoint, _state(done, modules, averages, optimizer))
-    return done
+            save(checkpoint, _state(done, modules, averages, optimizer, plan.seed))
+    if done < plan.steps:
+        if done > first and done % plan.save_every:
+            save(checkpoint, _state(done, modules, averages, optimizer, plan.seed))
+        raise UnfinishedError(f"{checkpoint.stem}: {done} of {plan.steps} steps are done; the same command goes on")
 
 
 def _trained(module: nn.Module) -> dict[str, Tensor]:
@@ -167,9 +169,11 @@ def _state(
     modules: Mapping[str, nn.Module],
     averages: Mapping[str, Average],
     optimizer: torch.optim.Optimizer,
+    seed: int,
 ) -> dict[str, Any]:
     return {
         "step": done,
+        "seed": seed,
         "modules": {name: _trained(module) for name, module in modules.items()},
         "averages": {name: average.values for name, average in averages.items()},
         "optimizer": optimizer.state_dict(),
@@ -181,10 +185,13 @@ def _resume(
     modules: Mapping[str, nn.Module],
     averages: Mapping[str, Average],
     optimizer: torch.optim.Optimizer,
+    seed: int,
 ) -> int:
     if not checkpoint.exists():
         return 0
     state = load(checkpoint)
+    if (other := state.get("seed", seed)) != seed:
+        raise TrainingError(f"{checkpoint} was made with seed {other}, not {seed}: use another working folder")
     try:
         for name, module in modules.items():
             own = _trained(module)
