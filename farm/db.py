@@ -6,6 +6,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psycopg
 from psycopg.errors import IdleInTransactionSessionTimeout
 from sqlalchemy import Connection, Engine, create_engine, exc, make_url, text
 from sqlalchemy.engine import URL
@@ -62,7 +63,14 @@ class Database:
         try:
             with self.engine.begin() as conn:
                 yield conn
-        except (exc.OperationalError, exc.InterfaceError, exc.TimeoutError) as error:
+        # The driver's own: COPY is the driver's business, and no error of it comes by SQLAlchemy.
+        except (
+            exc.OperationalError,
+            exc.InterfaceError,
+            exc.TimeoutError,
+            psycopg.OperationalError,
+            psycopg.InterfaceError,
+        ) as error:
             raise Unavailable(f"Postgres: {_reason(error)}") from error
         except exc.DBAPIError as error:
             # Ended by Postgres in between two statements: not a disconnect to the driver, and gone all the same.

@@ -17,7 +17,7 @@ import structlog
 from farm import doorbell, jobs, stopping, telling, uploads
 from farm.courier import Courier
 from farm.db import Database
-from farm.errors import FarmError
+from farm.errors import FarmError, Unavailable
 from farm.jobs.changing import TURNED_AT_ONCE, turn_cancelled, turn_retried
 from farm.queries import changing, claiming, limits, maintaining, registrations, webhooks, workers
 from farm.settings import Settings
@@ -65,6 +65,19 @@ class Sweeper:
             Duty("prune", second * 60, self.prune),
             Duty("recount", second * 60, self.recount),
         )
+
+    def wait_for_schema(self, stop: threading.Event, pulse: Callable[[], None] = lambda: None) -> None:
+        """Wait until Postgres answers, or until `stop` is set. Raises SchemaMismatch: what another release keeps in the
+        database is not ours to tidy."""
+        while not stop.is_set():
+            try:
+                self.database.check_schema()
+            except Unavailable as error:
+                log.warning("waiting for Postgres", error=error.message)
+                pulse()
+                stop.wait(ERROR_PAUSE_SECONDS)
+            else:
+                return
 
     def run(self, stop: threading.Event, pulse: Callable[[], None] = lambda: None) -> None:
         """Do all duties and carry messages to webhooks until `stop` is set. `pulse` is called every few seconds while

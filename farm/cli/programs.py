@@ -47,7 +47,10 @@ def sweeper(
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    Sweeper(configured).run(stop, pulse.touch if pulse else lambda: None)
+    beat = pulse.touch if pulse else lambda: None
+    sweeping = Sweeper(configured)
+    sweeping.wait_for_schema(stop, beat)
+    sweeping.run(stop, beat)
 
 
 def flower(

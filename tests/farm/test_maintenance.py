@@ -9,9 +9,13 @@ import pytest
 from sqlalchemy import text
 
 from farm import jobs, maintenance
+from farm.db import Database
+from farm.errors import SchemaMismatch
 from farm.maintenance import Duty, Sweeper
+from farm.models import SCHEMA_VERSION
 from farm.objects import image_key
 from farm.storage import Store
+from tests.conftest import with_database
 from tests.farm.conftest import Queue
 from tests.stack.watching import wait_until
 
@@ -120,3 +124,27 @@ def test_the_pulse_beats_while_duties_turn_and_stops_with_one_that_hangs(
         running.join(20)
     assert not running.is_alive()
     assert len(beats) == heard
+
+
+def test_a_sweeper_waits_for_postgres_and_refuses_another_schema(queue: Queue, store: Store) -> None:
+    stop, pulses = threading.Event(), list[int]()
+
+    def pulse() -> None:
+        pulses.append(1)
+        stop.set()
+
+    nowhere = with_database(queue.settings, "there-is-none")
+    Sweeper(queue.settings, Database(nowhere), store).wait_for_schema(stop, pulse)
+    assert pulses, "it is alive while it waits"
+    stop.clear()
+    duties = Sweeper(queue.settings, queue.database, store)
+    duties.wait_for_schema(stop, pulse)
+    assert not stop.is_set()
+    with queue.database.transaction() as conn:
+        conn.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    try:
+        with pytest.raises(SchemaMismatch, match="schema 9999"):
+            duties.wait_for_schema(stop, pulse)
+    finally:
+        with queue.database.transaction() as conn:
+            conn.execute(text("UPDATE alembic_version SET version_num = :ours"), {"ours": SCHEMA_VERSION})

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from farm import submission
+from farm import db, submission
 from farm.db import Database
-from farm.errors import InvalidRequest, TooLarge
+from farm.errors import InvalidRequest, TooLarge, Unavailable
 from farm.queries import submitting
 from farm.settings import Settings
 from tests.farm.conftest import Queue, catalogue
@@ -186,3 +186,17 @@ def test_a_large_copy_has_more_time_than_other_statements(database: Database) ->
         conn.execute(text("SET LOCAL statement_timeout = 300"))
         submitting.copy(conn, "COPY numbers FROM STDIN", rows)
         assert conn.execute(text("SELECT count(*) FROM numbers")).scalar_one() == submitting.COPY_FLOOR
+
+
+def test_a_lock_that_is_held_too_long_is_an_outage(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs go in by COPY, whose errors are the driver's own."""
+    monkeypatch.setattr(db, "LOCK_TIMEOUT_MS", 50)
+    impatient = Queue(Database(queue.settings), queue.settings)
+    try:
+        with queue.database.transaction() as conn:
+            conn.execute(text("LOCK TABLE jobs IN ACCESS EXCLUSIVE MODE"))
+            with pytest.raises(Unavailable, match="lock timeout"):
+                impatient.submit(1)
+        assert impatient.submit(1).total == 1
+    finally:
+        impatient.database.dispose()
