@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from farm.painter import caption, sample_scene
+from tests.training.test_adapter_trouble import small_disk
 from workers.training import autoencoder, diffusion, distill, tokens
 from workers.training.crack_tiny import MEANINGS, QUICK, Settings
 from workers.training.errors import TrainingError
@@ -199,6 +200,18 @@ def test_nan_is_refused_and_the_last_checkpoint_kept(tmp_path: Path) -> None:
     kept = load(path)
     assert kept["step"] == 4
     assert all(v.isfinite().all() for v in kept["modules"]["model"].values())
+
+
+def test_a_full_disk_keeps_the_adapter_that_is_there(tmp_path: Path) -> None:
+    unet = diffusion.build_unet(SIZE)
+    distill.attach(unet, 4)
+    path = tmp_path / "lcm-lora.safetensors"
+    export_lora(path, unet, {})
+    before = path.read_bytes()
+    with small_disk(len(before) // 2), pytest.raises(TrainingError, match="cannot write the adapter"):
+        export_lora(path, unet, {})
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_bad_input_ends_in_a_clear_error(tmp_path: Path, tokenizer: CLIPTokenizer) -> None:

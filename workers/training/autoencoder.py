@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,6 +35,14 @@ def build(channels: tuple[int, ...] = (24, 48, 96, 128), latent: int = 8) -> Aut
         mid_block_add_attention=False,
         scaling_factor=1.0,
     )
+
+
+def fingerprint(model: AutoencoderKL) -> str:
+    """Twelve letters that only these weights have."""
+    found = hashlib.sha256()
+    for value in model.state_dict().values():
+        found.update(value.detach().numpy().tobytes())
+    return found.hexdigest()[:12]
 
 
 def to_tensor(pixels: NDArray[np.uint8]) -> Tensor:

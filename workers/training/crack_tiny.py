@@ -9,13 +9,12 @@ checkpoints to the working folder and continues there after a kill; the same com
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +36,8 @@ STAGES = ("autoencoder", "refine", "words", "base", "distil", "decoder", "reader
 SIDE = 128
 LAST_STEPS = (0, 139, 259, 259)
 """Timesteps of which the last of 4 and of 8 LCM steps start; 0 stands for samplers that end in clean latents."""
+CAPTIONS = 20_000
+"""What the tokenizer is learned from."""
 CERTAIN = 0.9
 """A caption answers a question if the text encoder is as sure as this; of captions that leave one open nothing is
 asked."""
@@ -66,14 +67,13 @@ class Settings:
     distil_low: float = 1.5
     distil_high: float = 4.0
     distil_strength: float = 1.1
-    """The adapter falls short of its target, so this much of it goes on: better than 1.0 for walls, cracks
-    and directions alike, on 240 prompts that the model card's figures do not use."""
+    """The adapter falls short of its target, so this much of it goes on: better than 1.0 for walls, cracks and directions
+    alike, on 240 prompts that the model card's figures do not use."""
     decoder_steps: int = 1_000
     decoder_rate: float = 4e-4
     decoder_share: float = 0.9
-    """So much of the decoder that went on, the rest of the one before: all of it draws lines so dark that pictures are
-    at 9.50 from painted ones, and not at 9.07, and shows no more hairlines; four unguided steps of the base are at
-    9.29. Of 320 prompts that the model card's figures do not use."""
+    """So much of the decoder that went on, the rest of the one before: all of it draws lines too dark (pictures are at
+    9.50 from painted ones, not 9.07) and shows no more hairlines. Of 320 prompts that the card's figures do not use."""
     reader_steps: int = 3_000
     reader_rate: float = 1e-3
     sharpen_steps: int = 1_800
@@ -113,10 +113,7 @@ class Recipe:
         return open_pool(self.work, self.settings.pool, SIDE, self.settings.seed)
 
     def tokenizer(self) -> CLIPTokenizer:
-        """The same tokenizer every time: it is learned from seeded captions."""
-        rng = np.random.default_rng((self.settings.seed, 3))
-        captions = (caption(sample_scene(rng), rng) for _ in range(20_000))
-        return tokens.build(captions, self.work / "tokenizer")
+        return _tokenizer(self.work / "tokenizer", self.settings.seed)
 
     def autoencoder(self) -> AutoencoderKL:
         plan = self.plan(self.settings.autoencoder_steps, self.settings.autoencoder_rate, 0)
@@ -133,10 +130,8 @@ class Recipe:
     def latents(self) -> np.ndarray[tuple[int, ...], np.dtype[np.float16]]:
         """What the finished autoencoder makes of the pool: kept under a name that no other one of either shares."""
         vae = self.refine()
-        mark = hashlib.sha256(f"{self.settings.pool} {self.settings.seed}".encode())
-        for value in vae.state_dict().values():
-            mark.update(value.numpy().tobytes())
-        return diffusion.encode_pool(vae, self.pool(), self.work / f"latents-{mark.hexdigest()[:12]}.npy")
+        name = f"latents-{self.settings.pool}-{self.settings.seed}-{autoencoder.fingerprint(vae)}.npy"
+        return diffusion.encode_pool(vae, self.pool(), self.work / name)
 
     def words(self) -> CLIPTextModel:
         """A text encoder that knows what captions are about."""
@@ -332,6 +327,13 @@ QUESTIONS = {
 }
 
 
+@cache
+def _tokenizer(folder: Path, seed: int) -> CLIPTokenizer:
+    """The same every time: it is learned from seeded captions."""
+    rng = np.random.default_rng((seed, 3))
+    return tokens.build((caption(sample_scene(rng), rng) for _ in range(CAPTIONS)), folder)
+
+
 def _captions_with_meanings(count: int, rng: np.random.Generator) -> tuple[list[str], dict[str, NDArray[np.int64]]]:
     scenes = [sample_scene(rng) for _ in range(count)]
     return [caption(scene, rng) for scene in scenes], _answers(scenes)
@@ -367,9 +369,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, required=True, help="folder for data and checkpoints")
     parser.add_argument("--out", type=Path, help="folder for the model (default: WORK/crack-tiny)")
     parser.add_argument("--stage", choices=STAGES, default="export", help="last stage to run")
-    parser.add_argument(
-        "--minutes", type=float, default=math.inf, help="leave a stage that takes longer, with status 3"
-    )
+    parser.add_argument("--minutes", type=float, default=math.inf, help="leave a stage that takes longer: status 3")
     parser.add_argument("--quick", action="store_true", help="ten minutes, rough pictures")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     default = Settings()
