@@ -67,8 +67,8 @@ class Settings:
     distil_low: float = 1.5
     distil_high: float = 4.0
     distil_strength: float = 1.1
-    """The adapter falls short of its target, so this much of it goes on: better than 1.0 for walls, cracks and directions
-    alike, on 240 prompts that the model card's figures do not use."""
+    """The adapter falls short of its target, so this much of it goes on: better than 1.0 in every rate, on 240 prompts
+    that the model card's figures do not use."""
     decoder_steps: int = 1_000
     decoder_rate: float = 4e-4
     decoder_share: float = 0.9
@@ -134,7 +134,6 @@ class Recipe:
         return diffusion.encode_pool(vae, self.pool(), self.work / name)
 
     def words(self) -> CLIPTextModel:
-        """A text encoder that knows what captions are about."""
         return self.words_with_answers()[0]
 
     def words_with_answers(self) -> tuple[CLIPTextModel, nn.ModuleDict]:
@@ -242,7 +241,6 @@ class Recipe:
         return model
 
     def reader(self) -> sharpen.Reader:
-        """Who tells from latents what is on the picture."""
         size, scenes = diffusion.Size(), self.pool().scenes
         answers = _answers(scenes)
         whole = np.array([not scene.cracked for scene in scenes])
