@@ -57,9 +57,10 @@ chaos: $(STAMP)  ## the chaos suite at its CI size: kill, freeze, empty, fill an
 lint: $(STAMP)  ## linters, formatting, types, import contracts
 	$(LINT)
 
-audit:  ## known faults of what constraints.txt pins (needs the network; in an environment of its own)
+audit:  ## known faults of what constraints.txt and requirements/ pin (needs the network; in an environment of its own)
 	@test -x build/audit/bin/pip-audit || { $(PYTHON) -m venv build/audit && build/audit/bin/pip install --quiet pip-audit; }
-	build/audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
+	build/audit/bin/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip
+	build/audit/bin/pip-audit --strict --requirement requirements/worker.txt --requirement requirements/api.txt --disable-pip
 
 lock:  ## requirements/: what the images install, with hashes; after a pin moved (needs the network)
 	@test -x $(UV) || { $(PYTHON) -m venv build/lock && build/lock/bin/pip install --quiet uv; }
