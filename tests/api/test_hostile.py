@@ -149,7 +149,7 @@ STRANGE = ("..", "../../etc/passwd", "%2e%2e", "%2e%2e%2f", "a/b", "a\\b", "a#b"
            "é", "-rf", ".hidden", "", "a" * 300, "con:", "$(id)", "`id`", "';--", "{{7*7}}", "<b>")  # fmt: skip
 
 
-@pytest.mark.parametrize("path", ["/checkpoints", "/vaes", "/adapters", "/keys"])
+@pytest.mark.parametrize("path", ["/checkpoints", "/vaes", "/adapters", "/controlnets", "/motions", "/keys"])
 def test_names_that_are_no_names(api: Api, path: str) -> None:
     for name in STRANGE:
         body = {"name": name, "source": f"s3://models/{uuid4().hex}.safetensors"}
