@@ -165,7 +165,7 @@ def test_ten_thousand_frames_are_refused_before_any_decoder_sees_one(
     if "say" not in name:
         assert getattr(Image.open(io.BytesIO(data)), "n_frames", 0) >= 10_000, "readers that take films take this one"
     shown: list[object] = []
-    monkeypatch.setattr(imagefile.Image, "open", lambda *_, **__: shown.append(1))
+    monkeypatch.setattr("farm.imagefile.Image.open", lambda *_, **__: shown.append(1))
     tracemalloc.start()
     try:
         with pytest.raises(InvalidRequest, match="no PNG, JPEG or WebP" if name == "GIF" else "animations"):
@@ -202,7 +202,7 @@ def test_bombs_of_every_format_are_refused_before_any_decoder_sees_them(monkeypa
         b"RIFF" + struct.pack("<I", len(webp)) + webp,
     )  # fmt: skip
     shown: list[object] = []
-    monkeypatch.setattr(imagefile.Image, "open", lambda *_, **__: shown.append(1))
+    monkeypatch.setattr("farm.imagefile.Image.open", lambda *_, **__: shown.append(1))
     for data in bombs:
         with pytest.raises(TooLarge, match="pixels"):
             imagefile.check(data, PIXELS)
