@@ -70,11 +70,15 @@ def read(body: bytes, model: type[M]) -> M:
 
 
 @asynccontextmanager
-async def spooled(request: Request, folder: Path | None) -> AsyncIterator[tuple[IO[bytes], bytes, int]]:
+async def spooled(
+    request: Request, folder: Path | None, *, of_lines: bool = False
+) -> AsyncIterator[tuple[IO[bytes], bytes, int]]:
     """The body as a file on disk, rewound; its sha256; its bytes. Nothing is locked or held open while it arrives.
 
-    Raises Unavailable when the disk has no room for it.
+    One `of_lines` is refused while it arrives once a line of it is too long: it could be gigabytes. Raises
+    InvalidRequest, and Unavailable when the disk has no room for it.
     """
+    lengths = _Lengths()
     digest = hashlib.sha256()
     try:
         file = tempfile.TemporaryFile(dir=folder, prefix="farm-upload-")  # noqa: SIM115  # closed below
@@ -87,6 +91,8 @@ async def spooled(request: Request, folder: Path | None) -> AsyncIterator[tuple[
                 waiting.clear()
 
             async for chunk in request.stream():
+                if of_lines:
+                    lengths.look(chunk)
                 waiting += chunk
                 if len(waiting) >= PIECE_BYTES:
                     await anyio.to_thread.run_sync(write)
@@ -108,11 +114,34 @@ def lines(file: IO[bytes]) -> Iterator[bytes]:
     while line := file.readline(LINE_BYTES + 1):
         number += 1
         if len(line) > LINE_BYTES:
-            raise InvalidRequest(
-                "a line is too long; is this newline-delimited JSON?",
-                problems=[{"line": number, "field": "", "problem": f"must be at most {LINE_BYTES} bytes"}],
-            )
+            raise _too_long(number)
         yield line
+
+
+class _Lengths:
+    """How long the last line of a body is that arrives piece by piece. Lines within one piece are left to `lines`."""
+
+    def __init__(self) -> None:
+        self._number = 1
+        self._open = 0
+
+    def look(self, piece: bytes) -> None:
+        """Raises InvalidRequest for an endless line."""
+        end = piece.find(b"\n")
+        if self._open + (len(piece) if end < 0 else end) > LINE_BYTES:
+            raise _too_long(self._number)
+        if end < 0:
+            self._open += len(piece)
+        else:
+            self._number += piece.count(b"\n")
+            self._open = len(piece) - 1 - piece.rfind(b"\n")
+
+
+def _too_long(number: int) -> InvalidRequest:
+    return InvalidRequest(
+        "a line is too long; is this newline-delimited JSON?",
+        problems=[{"line": number, "field": "", "problem": f"must be at most {LINE_BYTES} bytes"}],
+    )
 
 
 def _kind(document: object) -> str:

@@ -9,6 +9,9 @@ from farm.doorbell import WORKER_TIMEOUT_SECONDS, make_app
 from farm.settings import settings
 
 app = make_app(settings(), timeout=WORKER_TIMEOUT_SECONDS)
+# Flower asks workers about ten things at once, each of which takes two connections: with a small pool they wait for one
+# another for ever, and the thread that listens for events with them, so that no page shows anything.
+app.conf.broker_pool_limit = None
 
 
 def main() -> None:

@@ -6,9 +6,12 @@ from typing import Literal
 
 HUB = re.compile(
     r"hf:(?P<repo>[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})"
-    r"(?:@(?P<revision>[^/]+))?(?:/(?P<path>.+))?"
+    r"(?:@(?P<revision>[^/]+))?(?:/(?P<path>.+))?",
+    re.ASCII,
 )
 S3 = re.compile(r"s3://(?P<bucket>[a-z0-9][a-z0-9.-]{1,61}[a-z0-9])/(?P<path>.+)")
+ADDRESS = re.compile(r"[0-9]+(?:\.[0-9]+){3}")
+"""What no bucket may be called, by the rules of S3."""
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -46,7 +49,7 @@ def parse(text: str) -> Source:
         return Source("hub", text, found["repo"], _inside(text, found["path"] or ""), revision)
     if text.startswith("s3://"):
         match = S3.fullmatch(text)
-        if match is None:
+        if match is None or ".." in match["bucket"] or ADDRESS.fullmatch(match["bucket"]):
             raise ValueError(f"{text!r} is no S3 source; write s3://bucket/prefix")
         return Source("s3", text, match["bucket"], _inside(text, match["path"]))
     raise ValueError(f"{text!r} is no source; write hf:owner/name@<commit> or s3://bucket/prefix")

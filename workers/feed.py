@@ -49,7 +49,7 @@ class Feed:
         bad = [one for one in results if one.outcome in (Outcome.RETRY, Outcome.FAILED)]
         uuid = str(claimed.claim_id)
         if bad and len(bad) == len(results):
-            self._tell("task-failed", uuid=uuid, exception=f"{told}: {bad[0].error_message[:200]}", traceback="")
+            self._tell("task-failed", uuid=uuid, exception=f"{told}: {bad[0].error_message[:200]!r}", traceback="")
         else:
             self._tell("task-succeeded", uuid=uuid, result=told, runtime=seconds)
 
@@ -75,7 +75,10 @@ class Feed:
 
 
 def readable(claimed: Claimed, pool: str) -> str:
-    """A micro-batch in one line: pool, lane, how many jobs, checkpoint, adapters, steps and size, first prompt."""
+    """A micro-batch in one line: pool, lane, how many jobs, checkpoint, adapters, steps and size, first prompt.
+
+    As Python writes texts, so that no control or bidi character of a prompt goes out.
+    """
     first = claimed.jobs[0]
     recipe, prompt = first.recipe, first.recipe.prompt
     told = {

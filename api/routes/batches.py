@@ -41,7 +41,7 @@ async def create_batch(request: Request, caller: SubmitterDep, farm: FarmDep, ke
     parameters = BatchParameters.of(request.query_params)
     if kind in NDJSON:
         refuse_encoding(request)
-        async with spooled(request, farm.settings.spool_dir) as (file, body_hash, size):
+        async with spooled(request, farm.settings.spool_dir, of_lines=True) as (file, body_hash, size):
             submission = Submission(
                 lines(file),
                 parameters.name,

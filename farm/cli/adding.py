@@ -10,6 +10,7 @@ import typer
 from farm.cli.display import size, waiting
 from farm.cli.local import servers
 from farm.cli.options import connect
+from farm.cli.saying import say
 from farm.modelkinds import ModelKind
 from farm.views import RegistrationView
 
@@ -93,14 +94,14 @@ def from_here(
 def tell(ended: RegistrationView) -> None:
     """What became of it, for a person."""
     if ended.state == "refused":
-        typer.secho(f"farm: {ended.name} is refused: {ended.reason}", fg="red", err=True)
+        say(f"farm: {ended.name} is refused: {ended.reason}", fg="red", err=True)
         return
     about = f" ({ended.family}, {size(ended.total_bytes or ended.bytes)})" if ended.family else ""
-    typer.echo(f"{ended.kind} {ended.name}{about} is {ended.state}")
+    say(f"{ended.kind} {ended.name}{about} is {ended.state}")
     if not ended.finished_at:
-        typer.echo(f"follow it: farm models registrations ({ended.id})", err=True)
+        say(f"follow it: farm models registrations ({ended.id})", err=True)
     for note in ended.notes:
-        typer.echo(f"note: {note}", err=True)
+        say(f"note: {note}", err=True)
 
 
 def _follow(begun: RegistrationView, look: Callable[[], RegistrationView]) -> RegistrationView:

@@ -12,6 +12,7 @@ from farm.cli import failures
 from farm.cli.display import Bar, ago, batch_note, json_line, table
 from farm.cli.exits import Exit, exit_code, report
 from farm.cli.options import DATA_DIR, AsJson, DataDir, Labels, connect, labels_of
+from farm.cli.saying import say, visible
 from farm.errors import FarmError, NotFound
 from farm.states import JobState
 
@@ -42,7 +43,7 @@ def follow(farm: "Farm", batch: "BatchView", as_json: bool) -> Exit:
         with Bar("rendering", batch.total) as bar:
             done = farm.wait(batch, on_progress=bar.show)
         counts = done.counts
-        typer.echo(f"{counts.succeeded} succeeded, {counts.failed} failed, {counts.cancelled} cancelled")
+        say(f"{counts.succeeded} succeeded, {counts.failed} failed, {counts.cancelled} cancelled")
     explain_failures(farm, done)
     return Exit.OK if done.counts.succeeded == done.total else Exit.FAILED
 
@@ -53,7 +54,7 @@ def explain_failures(farm: "Farm", batch: "BatchView") -> None:
         return
     for job in islice(farm.jobs(state=JobState.FAILED, batch=batch.id, page=5), 5):
         reason = f"{job.error.code}: {job.error.message}" if job.error else "no reason given"
-        typer.echo(f"job {job.number} ({job.id}) failed: {reason}", err=True)
+        say(f"job {job.number} ({job.id}) failed: {reason}", err=True)
 
 
 def download(
@@ -77,7 +78,7 @@ def download(
             }
         )
     else:
-        typer.echo(f"{result.pictures} pictures in {result.folder} ({result.fetched} fetched now), {result.manifest}")
+        say(f"{result.pictures} pictures in {result.folder} ({result.fetched} fetched now), {result.manifest}")
 
 
 def jobs(
@@ -150,7 +151,7 @@ def _list(
     else:
         table(columns, map(row, shown), empty)
     if limit and next(found, None) is not None:
-        typer.echo(f"Only the first {limit} are shown; --limit 0 shows all.", err=True)
+        say(f"Only the first {limit} are shown; --limit 0 shows all.", err=True)
 
 
 def _page(limit: int) -> int:
@@ -159,7 +160,8 @@ def _page(limit: int) -> int:
 
 
 def _short(text: str, most: int = 60) -> str:
-    return text if len(text) <= most else text[: most - 1] + "\u2026"
+    shown = visible(text)
+    return shown if len(shown) <= most else shown[: most - 1] + "\u2026"
 
 
 def cancel(ids: Ids, data_dir: DataDir = DATA_DIR, as_json: AsJson = False) -> None:
@@ -253,6 +255,6 @@ def _each(
             if as_json:
                 json_line(view or {"id": one, "deleted": True})
             else:
-                typer.echo(f"{one} {done}")
+                say(f"{one} {done}")
     if failed is not None:
         raise typer.Exit(failed)

@@ -14,6 +14,7 @@ from farm.cli.display import Bar, json_line, seconds, table, waiting
 from farm.cli.exits import Exit
 from farm.cli.local import Occasion, own_farm
 from farm.cli.options import DATA_DIR, AsJson, DataDir
+from farm.cli.saying import say
 
 if TYPE_CHECKING:
     from farm.client import Saved
@@ -93,14 +94,14 @@ def _render(occasion: Occasion, out: Path, stages: Stages) -> "tuple[BatchView, 
 
 
 def _tell(saved: "list[Saved]", sheet: Path, stages: Stages, styles: list[str]) -> None:
-    typer.echo("")
+    say("")
     for each in saved:
-        typer.echo(f"{each.path}  {each.job.prompt}")
-    typer.echo(f"{sheet}  all of them with their prompts")
+        say(f"{each.path}  {each.job.prompt}")
+    say(f"{sheet}  all of them with their prompts")
     table(("STAGE", "#TOOK"), ((name, seconds(took)) for name, took in stages.took.items()), "")
-    typer.echo("How to go on:")
-    typer.echo("  farm up                          a farm that keeps running, until Ctrl-C")
-    typer.echo('  farm render "A wet brick wall"   one picture more')
+    say("How to go on:")
+    say("  farm up                          a farm that keeps running, until Ctrl-C")
+    say('  farm render "A wet brick wall"   one picture more')
     for name in styles:
-        typer.echo(f'  farm render "A wet brick wall" --adapter {name}:0.8   the same in the style of {name}')
-    typer.echo("  farm submit jobs.csv --watch     many; farm --help has the rest")
+        say(f'  farm render "A wet brick wall" --adapter {name}:0.8   the same in the style of {name}')
+    say("  farm submit jobs.csv --watch     many; farm --help has the rest")

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
 
+from farm.cli.saying import say, visible, visible_json
 from farm.views import BatchView
 
 PATIENCE = 1.0
@@ -29,7 +30,7 @@ err = Console(stderr=True, highlight=False)
 def json_line(value: BaseModel | Mapping[str, Any]) -> None:
     """One JSON object on one line."""
     plain = value.model_dump(mode="json", exclude_none=False) if isinstance(value, BaseModel) else dict(value)
-    typer.echo(orjson.dumps(plain, default=str))
+    typer.echo(visible_json(orjson.dumps(plain, default=str)))
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], empty: str) -> None:
@@ -49,13 +50,13 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], empty: str) 
     if made.row_count:
         (out if out.is_terminal else Console(width=1_000, highlight=False)).print(made)
     else:
-        typer.echo(empty)
+        say(empty)
 
 
 def _plain(cell: object) -> str:
     from rich.markup import escape
 
-    return escape(str(cell))
+    return escape(visible(str(cell)))
 
 
 def seconds(value: float | None) -> str:
@@ -99,17 +100,17 @@ def waiting(what: str) -> Iterator[Callable[[str], None]]:
     """
     started = time.monotonic()
     if err.is_terminal:
-        with err.status(f"{what} ...") as status:
-            yield lambda note: status.update(f"{what} ... {note}")
+        with err.status(_plain(f"{what} ...")) as status:
+            yield lambda note: status.update(_plain(f"{what} ... {note}"))
     else:
-        late = threading.Timer(PATIENCE, lambda: typer.echo(f"{what} ...", err=True))
+        late = threading.Timer(PATIENCE, lambda: say(f"{what} ...", err=True))
         late.start()
         try:
             yield lambda _: None
         finally:
             late.cancel()
     if (took := time.monotonic() - started) > PATIENCE:
-        typer.echo(f"{what}: {seconds(took)}", err=True)
+        say(f"{what}: {seconds(took)}", err=True)
 
 
 class Bar:
@@ -138,13 +139,13 @@ class Bar:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
         if not err.is_terminal and self._last:
-            typer.echo(self._last, err=True)
+            say(self._last, err=True)
 
     def update(self, done: int, note: str = "") -> None:
-        self._progress.update(self._task, completed=done, note=note)
+        self._progress.update(self._task, completed=done, note=_plain(note))
         self._last = f"{self.what}: {done}/{self.total}" + (f", {note}" if note else "")
         if not err.is_terminal and time.monotonic() - self._spoken >= SPEAK_EVERY:
-            typer.echo(self._last, err=True)
+            say(self._last, err=True)
             self._spoken, self._last = time.monotonic(), ""
 
     def show(self, batch: BatchView) -> None:

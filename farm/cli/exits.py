@@ -6,12 +6,14 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from farm.cli.saying import say
 from farm.errors import (
     FarmError,
     Forbidden,
     InvalidModel,
     InvalidRequest,
     NotFound,
+    StackError,
     TooLarge,
     Unauthorized,
     Unavailable,
@@ -49,14 +51,15 @@ def exit_code(error: FarmError) -> Exit:
 
 def report(error: FarmError) -> None:
     """Say on standard error what went wrong, problem by problem."""
-    typer.secho(f"farm: {error.message}", fg="red", err=True)
+    # Only what became of our own servers has several lines: the end of their logs.
+    say(f"farm: {error.message}", fg="red", err=True, lines=isinstance(error, StackError))
     problems = error.problems if isinstance(error, InvalidRequest) else []
     for problem in problems[:MOST_PROBLEMS]:
         place = f"line {problem['line']}" if "line" in problem else ""
         where = ": ".join(part for part in (place, problem.get("field", "")) if part)
-        typer.echo(f"  {where}: {problem.get('problem', '')}" if where else f"  {problem.get('problem', '')}", err=True)
+        say(f"  {where}: {problem.get('problem', '')}" if where else f"  {problem.get('problem', '')}", err=True)
     if len(problems) > MOST_PROBLEMS:
-        typer.echo(f"  and {len(problems) - MOST_PROBLEMS} more", err=True)
+        say(f"  and {len(problems) - MOST_PROBLEMS} more", err=True)
 
 
 class FarmGroup(TyperGroup):
@@ -69,14 +72,14 @@ class FarmGroup(TyperGroup):
             report(error)
             raise typer.Exit(exit_code(error)) from error
         except KeyboardInterrupt:
-            typer.echo("farm: interrupted", err=True)
+            say("farm: interrupted", err=True)
             raise typer.Exit(Exit.INTERRUPTED) from None
         except TimeoutError as error:
-            typer.secho(f"farm: {error}", fg="red", err=True)
+            say(f"farm: {error}", fg="red", err=True)
             raise typer.Exit(Exit.FAILED) from error
         except OSError as error:
             if error.filename is None:  # no file of the caller's: a broken pipe, say, which typer knows how to end
                 raise
-            typer.secho(f"farm: {error.filename}: {error.strerror}", fg="red", err=True)
+            say(f"farm: {error.filename}: {error.strerror}", fg="red", err=True)
             refused = isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError | PermissionError)
             raise typer.Exit(Exit.USAGE if refused else Exit.FAILED) from error

@@ -4,9 +4,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import typer
-
 from farm.cli.display import ago, json_line, table
+from farm.cli.saying import say
 from farm.errors import Conflict, FarmError, NotFound
 from farm.states import JobState
 
@@ -69,15 +68,15 @@ def retry(farm: "Farm", *, cause: str | None, labels: Mapping[str, str], batch: 
             left, why = left + 1, error
             continue
         except FarmError:
-            typer.echo(f"{done} jobs queued again before this:", err=True)
+            say(f"{done} jobs queued again before this:", err=True)
             raise
         done += 1
         if as_json:
             json_line(view)
     if why is not None:
-        typer.echo(f"{left} jobs could not be queued again, the last because {why.message}", err=True)
+        say(f"{left} jobs could not be queued again, the last because {why.message}", err=True)
     if not as_json:
-        typer.echo(f"{done} jobs queued again" if done or left else "No such job failed.")
+        say(f"{done} jobs queued again" if done or left else "No such job failed.")
 
 
 def _code(job: "JobView") -> str:

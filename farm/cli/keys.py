@@ -17,6 +17,7 @@ import typer
 from farm.cli.display import ago, json_line, table
 from farm.cli.local import environment, settings
 from farm.cli.options import DATA_DIR, AsJson, DataDir, connect
+from farm.cli.saying import say
 from farm.errors import NotFound, Unavailable
 
 if TYPE_CHECKING:
@@ -60,8 +61,8 @@ def create(
     if as_json:
         json_line(made)
     else:
-        typer.echo(made.key)
-        typer.echo(
+        say(made.key)
+        say(
             f"Key {made.id} of project {made.project}: {', '.join(made.scopes)}. Keep it; it is not shown again.",
             err=True,
         )
@@ -123,7 +124,7 @@ def revoke(
     if as_json:
         json_line({"id": wanted, "revoked": True})
     else:
-        typer.echo(f"{key_id} revoked")
+        say(f"{key_id} revoked")
 
 
 def expiry(text: str | None, now: datetime) -> datetime | None:

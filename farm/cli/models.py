@@ -8,6 +8,7 @@ import typer
 from farm.cli.display import ago, json_line, size, table
 from farm.cli.exits import Exit
 from farm.cli.options import DATA_DIR, AsJson, DataDir, connect
+from farm.cli.saying import say
 from farm.modelkinds import ModelKind
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ def cancel(
     if as_json:
         json_line(ended)
     else:
-        typer.echo(f"{ended.name} is {ended.state}")
+        say(f"{ended.name} is {ended.state}")
 
 
 @models.command()
@@ -136,4 +137,4 @@ def remove(
     if as_json:
         json_line({"name": name, "removed": True})
     else:
-        typer.echo(f"{name} removed")
+        say(f"{name} removed")

@@ -12,6 +12,7 @@ import typer
 from farm.cli.display import json_line
 from farm.cli.local import environment, settings
 from farm.cli.options import DATA_DIR, AsJson, DataDir
+from farm.cli.saying import say
 
 
 def api(data_dir: DataDir = DATA_DIR) -> None:
@@ -80,11 +81,11 @@ def migrate(data_dir: DataDir = DATA_DIR, as_json: AsJson = False) -> None:
     configured = settings(data_dir)
     before, after = db.migrate(configured)
     if not as_json:
-        typer.echo(f"schema: {after}" if before == after else f"schema: {before or 'none'} -> {after}")
+        say(f"schema: {after}" if before == after else f"schema: {before or 'none'} -> {after}")
     store = Store(configured)
     store.ensure_bucket()
     if not as_json:
-        typer.echo(f"bucket: {configured.s3_bucket}")
+        say(f"bucket: {configured.s3_bucket}")
     database = db.Database(configured, pool_size=1)
     try:
         with database.transaction() as conn:
@@ -95,7 +96,7 @@ def migrate(data_dir: DataDir = DATA_DIR, as_json: AsJson = False) -> None:
         model = catalogue.DEFAULT_CHECKPOINT
         json_line({"schema_before": before, "schema": after, "bucket": configured.s3_bucket, "model": model})
     else:
-        typer.echo(f"model: {catalogue.DEFAULT_CHECKPOINT}")
+        say(f"model: {catalogue.DEFAULT_CHECKPOINT}")
 
 
 def version(as_json: AsJson = False) -> None:
@@ -105,7 +106,7 @@ def version(as_json: AsJson = False) -> None:
     if as_json:
         json_line({"version": __version__})
     else:
-        typer.echo(__version__)
+        say(__version__)
 
 
 def _become(module: str, variables: dict[str, str]) -> NoReturn:

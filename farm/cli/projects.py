@@ -7,6 +7,7 @@ import typer
 
 from farm.cli.display import json_line, table
 from farm.cli.options import DATA_DIR, AsJson, DataDir, connect
+from farm.cli.saying import say
 from farm.errors import NotFound
 from farm.views_tenants import ProjectView
 
@@ -68,7 +69,7 @@ def limit(
         json_line(changed)
         return
     for key, value in changed.limits.model_dump().items():
-        typer.echo(f"{key.replace('_', ' ')}: {'no limit' if value is None else value}")
+        say(f"{key.replace('_', ' ')}: {'no limit' if value is None else value}")
 
 
 def _named(found: Sequence[ProjectView], name: str) -> ProjectView:

@@ -13,6 +13,7 @@ from farm.cli.display import Bar, json_line
 from farm.cli.exits import Exit
 from farm.cli.local import Occasion, some_farm
 from farm.cli.options import DATA_DIR, Adapters, AsJson, Controls, DataDir, adapters_of, controls_of, size_of
+from farm.cli.saying import say
 from farm.cli.uploads import send
 from farm.errors import InvalidRequest
 from farm.formats import KINDS, Format, format_of
@@ -99,7 +100,7 @@ def render(
             if as_json:
                 json_line({"path": str(saved.path), "job": job.model_dump(mode="json")})
             else:
-                typer.echo(str(saved.path))
+                say(str(saved.path))
         explain_failures(occasion.farm, done)
     if done.counts.succeeded < done.total:
         raise typer.Exit(Exit.FAILED)
@@ -108,7 +109,7 @@ def render(
 def _submit(farm: "Farm", prompt: str, count: int, fields: dict[str, Any]) -> BatchView:
     submitted = farm.submit({"prompt": prompt, **fields}, count=count)
     for warning in submitted.warnings:
-        typer.echo(f"warning: {warning}", err=True)
+        say(f"warning: {warning}", err=True)
     return farm.batch(submitted.batch_id) if isinstance(submitted, JobView) else submitted
 
 

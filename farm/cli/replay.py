@@ -7,6 +7,7 @@ import typer
 from farm.cli.display import json_line, waiting
 from farm.cli.exits import Exit
 from farm.cli.options import DATA_DIR, AsJson, DataDir, connect
+from farm.cli.saying import say
 from farm.states import JobState
 from farm.views import JobView
 
@@ -29,13 +30,13 @@ def replay(
     if as_json:
         json_line(made)
     elif not wait:
-        typer.echo(f"job {made.id}")
-        typer.echo(f"Its difference will stand in: farm jobs --batch {made.batch_id} --json", err=True)
+        say(f"job {made.id}")
+        say(f"Its difference will stand in: farm jobs --batch {made.batch_id} --json", err=True)
     elif made.state is JobState.SUCCEEDED:
-        typer.echo(f"job {made.id}: {told(made)}")
+        say(f"job {made.id}: {told(made)}")
     if wait and made.state is not JobState.SUCCEEDED:
         reason = f": {made.error.code}: {made.error.message}" if made.error else ""
-        typer.echo(f"job {made.id} {made.state}{reason}", err=True)
+        say(f"job {made.id} {made.state}{reason}", err=True)
         raise typer.Exit(Exit.FAILED)
 
 

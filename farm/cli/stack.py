@@ -8,6 +8,7 @@ import typer
 from farm.cli.display import ago, json_line, seconds, size, table, waiting
 from farm.cli.exits import report
 from farm.cli.options import DATA_DIR, AsJson, DataDir, connect
+from farm.cli.saying import say
 from farm.errors import FarmError, StackError
 
 if TYPE_CHECKING:
@@ -26,18 +27,18 @@ def up(
 
     def ready() -> None:
         where = "" if data_dir == DATA_DIR else f" --data-dir {data_dir}"
-        typer.echo(f"The farm is up at {stack.url}; its key stands in {data_dir / 'credentials.json'}.")
-        typer.echo(f'Try: farm render "A single split crack on a concrete wall"{where}. Ctrl-C stops the farm.')
+        say(f"The farm is up at {stack.url}; its key stands in {data_dir / 'credentials.json'}.")
+        say(f'Try: farm render "A single split crack on a concrete wall"{where}. Ctrl-C stops the farm.')
 
     stack.serve(ready)
-    typer.echo("The farm has stopped.")
+    say("The farm has stopped.")
 
 
 def _say(status: "ServiceStatus", event: str) -> None:
     if event:
-        typer.echo(f"{status['name']}: {event}", err=True)
+        say(f"{status['name']}: {event}", err=True)
     else:
-        typer.echo(f"{status['name']:<10} {status['address']}")
+        say(f"{status['name']:<10} {status['address']}")
 
 
 def down(data_dir: DataDir = DATA_DIR, as_json: AsJson = False) -> None:
@@ -49,7 +50,7 @@ def down(data_dir: DataDir = DATA_DIR, as_json: AsJson = False) -> None:
     if as_json:
         json_line({"was_running": found})
     else:
-        typer.echo("The farm has stopped." if found else f"No farm was running in {data_dir}.")
+        say("The farm has stopped." if found else f"No farm was running in {data_dir}.")
 
 
 def status(data_dir: DataDir = DATA_DIR, as_json: AsJson = False) -> None:

@@ -8,6 +8,7 @@ from farm.cli.batches import follow
 from farm.cli.display import json_line, waiting
 from farm.cli.options import DATA_DIR, AsJson, DataDir, Labels, connect, labels_of
 from farm.cli.reading import Format, Submission, read
+from farm.cli.saying import say
 from farm.errors import InvalidRequest
 
 
@@ -64,15 +65,15 @@ def submit(
         except InvalidRequest as error:
             raise submission.placed(error) from error
         for warning in batch.warnings:
-            typer.echo(f"warning: {warning}", err=True)
+            say(f"warning: {warning}", err=True)
         if as_json:
             json_line(batch)
         else:
-            typer.echo(f"batch {batch.id}: {batch.total} jobs")
+            say(f"batch {batch.id}: {batch.total} jobs")
         if watch:
             raise typer.Exit(follow(farm, batch, as_json))
         if not as_json:
-            typer.echo(f"Follow it with: farm watch {batch.id}", err=True)
+            say(f"Follow it with: farm watch {batch.id}", err=True)
 
 
 def _defaults(submission: Submission, labels: dict[str, str], priority: int | None) -> dict[str, Any]:
@@ -90,5 +91,5 @@ def _tell_rehearsal(rehearsal: dict[str, Any], as_json: bool) -> None:
         json_line(rehearsal)
         return
     for warning in rehearsal["warnings"]:
-        typer.echo(f"warning: {warning}", err=True)
-    typer.echo(f"{rehearsal['jobs']} jobs in {rehearsal['lanes']} lanes and {rehearsal['pipelines']} pipelines; fine.")
+        say(f"warning: {warning}", err=True)
+    say(f"{rehearsal['jobs']} jobs in {rehearsal['lanes']} lanes and {rehearsal['pipelines']} pipelines; fine.")

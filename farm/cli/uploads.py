@@ -9,6 +9,7 @@ import typer
 from farm.cli.batches import Limit
 from farm.cli.display import ago, json_line, size, table
 from farm.cli.options import DATA_DIR, AsJson, DataDir, connect
+from farm.cli.saying import say
 from farm.errors import FarmError
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def upload(
             if as_json:
                 json_line({**sent.model_dump(mode="json"), "file": str(file)})
             else:
-                typer.echo(sent.hash if len(files) == 1 else f"{sent.hash}  {file}")
+                say(sent.hash if len(files) == 1 else f"{sent.hash}  {file}")
 
 
 def send(farm: "Farm", file: Path) -> "UploadView":
@@ -40,7 +41,7 @@ def send(farm: "Farm", file: Path) -> "UploadView":
     try:
         return farm.upload(file)
     except FarmError:
-        typer.echo(f"{file} could not be sent:", err=True)
+        say(f"{file} could not be sent:", err=True)
         raise
 
 
@@ -83,4 +84,4 @@ def remove(
             if as_json:
                 json_line({"hash": each, "removed": True})
             else:
-                typer.echo(f"{each} removed")
+                say(f"{each} removed")

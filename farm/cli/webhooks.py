@@ -6,6 +6,7 @@ import typer
 
 from farm.cli.display import ago, json_line, table
 from farm.cli.options import DATA_DIR, AsJson, DataDir, connect
+from farm.cli.saying import say
 from farm.views_tenants import WebhookView
 
 webhooks = typer.Typer(help="Addresses that are told what happens.", no_args_is_help=True)
@@ -76,9 +77,7 @@ def change(
     if as_json:
         json_line(changed)
     else:
-        typer.echo(
-            f"{changed.id} is {'on' if changed.enabled else 'off'}: {', '.join(changed.events)} to {changed.url}"
-        )
+        say(f"{changed.id} is {'on' if changed.enabled else 'off'}: {', '.join(changed.events)} to {changed.url}")
 
 
 @webhooks.command()
@@ -101,7 +100,7 @@ def ping(webhook: Which, data_dir: DataDir = DATA_DIR, as_json: AsJson = False) 
     if as_json:
         json_line(sent)
     else:
-        typer.echo(f"{sent.message_id} is on its way")
+        say(f"{sent.message_id} is on its way")
 
 
 @webhooks.command()
@@ -143,12 +142,12 @@ def delete(webhook: Which, data_dir: DataDir = DATA_DIR, as_json: AsJson = False
     if as_json:
         json_line({"id": webhook, "deleted": True})
     else:
-        typer.echo(f"{webhook} deleted")
+        say(f"{webhook} deleted")
 
 
 def _show_secret(made: WebhookView, *, as_json: bool) -> None:
     if as_json:
         json_line(made)
     else:
-        typer.echo(made.secret)
-        typer.echo(f"Webhook {made.id} to {made.url}. Keep its secret; it is not shown again.", err=True)
+        say(made.secret)
+        say(f"Webhook {made.id} to {made.url}. Keep its secret; it is not shown again.", err=True)

@@ -1,5 +1,6 @@
 """Bodies that are refused for what they are, whatever they say: too large, too slow, too many things, another type."""
 
+import select
 import socket
 import time
 from contextlib import suppress
@@ -11,6 +12,7 @@ import httpx
 import orjson
 import pytest
 
+from api.bodies import LINE_BYTES
 from tests.api.conftest import Api, problem_of
 
 NDJSON = {"Content-Type": "application/x-ndjson"}
@@ -103,6 +105,48 @@ def test_only_a_batch_may_be_large(fresh: Any) -> None:
         assert problem_of(api.http.post(path, content=body, headers=JSON), 413, "too-large")["limit"] == 1024**2
     batch = b'{"jobs": [{"prompt": "x"}]}'.ljust(1024**2 + 1)
     assert api.http.post("/batches", content=batch, headers=JSON).status_code == 201
+
+
+def test_a_prompt_of_a_megabyte_is_refused_in_few_words(fresh: Any) -> None:
+    api = fresh(max_body_bytes=32 * 1024**2, max_upload_bytes=32 * 1024**2)
+    for size, status, code in ((1_000_000, 422, "invalid-request"), (1024**2, 413, "too-large")):
+        body = b'{"prompt": "%s"}' % (b"crack" * (size // 5 + 1))
+        answer = api.http.post("/jobs", content=body, headers=JSON)
+        problem_of(answer, status, code)
+        assert len(answer.content) < 1000
+        assert b"crackcrack" not in answer.content
+    body = b'{"prompt": "%s"}' % (b"crack" * 200_000)
+    for path, content, headers in (("/batches", b'{"jobs": [%s]}' % body, JSON), ("/batches", body, NDJSON)):
+        answer = api.http.post(path, content=content, headers=headers)
+        problem_of(answer, 422, "invalid-request")
+        assert len(answer.content) < 1000
+        assert b"crackcrack" not in answer.content
+    assert sum(api.stored().values()) == 0
+
+
+def test_a_line_that_grows_for_ever_is_refused_at_its_limit(fresh: Any) -> None:
+    """Of four gigabytes that a batch may have nobody waits for more than the line's first megabyte."""
+    api = fresh(max_upload_bytes=4 * 1024**3)
+    host, port = api.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as line:
+        line.sendall(
+            b"POST /api/v1/batches HTTP/1.1\r\nHost: x\r\nX-API-Key: %s\r\nContent-Type: application/x-ndjson\r\n"
+            b"Content-Length: %d\r\n\r\n" % (api.key.encode(), 1024**3)
+        )
+        first, endless = b'{"prompt": "x"}\n', b'{"prompt": "'
+        line.sendall(first + endless + b"x" * (LINE_BYTES - len(endless)))
+        assert select.select([line], [], [], 0.2)[0] == [], "a line of that length is still one"
+        # With one more there is nothing left to read when the answer goes out, so that TCP does not take it back.
+        line.sendall(b"x")
+        answer = b""
+        while not answer.endswith(b"}"):
+            piece = line.recv(4000)
+            assert piece, "closed without an answer"
+            answer += piece
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 422")
+    assert [problem["line"] for problem in orjson.loads(body)["problems"]] == [2]
+    assert sum(api.stored().values()) == 0
 
 
 def trickle(api: Api, kind: str, *, go_on: bool) -> bytes:

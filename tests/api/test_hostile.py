@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import quote
 from uuid import uuid4
@@ -9,6 +10,7 @@ from uuid import uuid4
 import orjson
 import pytest
 import structlog
+from sqlalchemy import Engine, event
 
 from api.schemas import BatchBody, KeyBody, LimitsBody, PriorityBody, WebhookBody, WebhookChange
 from farm.jobspec import AdapterSpec, JobSpec
@@ -76,6 +78,39 @@ def test_numbers_of_jobs(api: Api, name: str) -> None:
             line = b'{"prompt": "x"}\n'
             refused(api.http.post(f"/batches?{name}={quote(value)}", content=line, headers=NDJSON))
     assert api.stored() == before
+
+
+@contextmanager
+def statements() -> Iterator[list[str]]:
+    """What is asked of Postgres meanwhile, apart from whose key it is."""
+    asked: list[str] = []
+
+    def note(_conn: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        if "api_keys" not in statement:
+            asked.append(statement.strip())
+
+    event.listen(Engine, "before_cursor_execute", note)
+    try:
+        yield asked
+    finally:
+        event.remove(Engine, "before_cursor_execute", note)
+
+
+def test_a_refusal_costs_postgres_three_reads_however_much_is_wrong(api: Api) -> None:
+    wrong = b'{"prompt": "x", "steps": 1e309}'
+    for path, body, kind in (
+        ("/jobs", wrong, JSON),
+        ("/jobs", b"[" * 100_000, JSON),
+        ("/batches", b'{"jobs": [%s]}' % b",".join([wrong] * 1000), JSON),
+        ("/batches", b"\n".join([wrong] * 1000), NDJSON),
+        ("/batches", b'{"jobs": [], "priority": 101}', JSON),
+        ("/webhooks", b'{"url": 1}', JSON),
+        ("/keys", b'{"name": 1}', JSON),
+    ):
+        with statements() as asked:
+            refused(api.http.post(path, content=body, headers=kind))
+        assert len(asked) <= 3
+        assert all(one.startswith("SELECT") and "FROM jobs" not in one for one in asked)
 
 
 def test_weights_of_adapters(api: Api) -> None:
@@ -149,7 +184,7 @@ STRANGE = ("..", "../../etc/passwd", "%2e%2e", "%2e%2e%2f", "a/b", "a\\b", "a#b"
            "é", "-rf", ".hidden", "", "a" * 300, "con:", "$(id)", "`id`", "';--", "{{7*7}}", "<b>")  # fmt: skip
 
 
-@pytest.mark.parametrize("path", ["/checkpoints", "/vaes", "/adapters", "/keys"])
+@pytest.mark.parametrize("path", ["/checkpoints", "/vaes", "/adapters", "/controlnets", "/motions", "/keys"])
 def test_names_that_are_no_names(api: Api, path: str) -> None:
     for name in STRANGE:
         body = {"name": name, "source": f"s3://models/{uuid4().hex}.safetensors"}

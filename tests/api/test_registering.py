@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from farm import registrations
+from farm import registrations, sources
 from farm.ids import new_id
 from farm.modelfiles import FoundModel
 from tests.api.conftest import Api, problem_of
@@ -45,6 +45,7 @@ def test_a_model_is_asked_for_and_followed(api: Api, route: str, body: dict[str,
         ({"source": "hf:owner/name"}, "source", "pin it"),
         ({"source": "hf:owner/name@main"}, "source", "never a branch or a tag"),
         ({"source": "/etc/passwd"}, "source", "is no source"),
+        ({"source": "http://169.254.169.254/latest"}, "source", "is no source"),
         ({"source": f"{SOURCE}/../x"}, "source", "may not hold empty parts"),
         ({"name": "a/b"}, "name", "pattern"),
         ({"name": "moss", "surprise": 1}, "surprise", "unknown field"),
@@ -59,6 +60,24 @@ def test_what_is_wrong_at_once(api: Api, body: dict[str, Any], field: str, words
     assert found["field"] == field
     assert words in found["problem"]
     assert api.http.get("/registrations").json()["items"] == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "http://169.254.169.254/x", "https://example.com/x", "https://huggingface.co/owner/name", "http://2852039166/x",
+        "http://0xa9fea9fe/x", "//example.com/x", "ftp://example.com/x", "file:///etc/passwd", "local:x",
+        "HF:owner/name", "S3://models/x", "s3:/models/x", "s3://169.254.169.254/x", "s3://127.0.0.1/x", "s3://localhost:9000/x",
+        "s3://[::1]/x", "s3://user:word@host/x", "s3://models#@host/x", "s3://models\\@host/x", "s3://a..b/x", "s3:///x",
+        f"hf://owner/name@{COMMIT}", f"hf:https://example.com/name@{COMMIT}", f"hf:example.com:80/name@{COMMIT}",
+        f"hf:../name@{COMMIT}", f"hf:owner/..@{COMMIT}", f"hf:owner/n\u0430me@{COMMIT}", f"hf:owner/name?x=@{COMMIT}",
+        f"hf:owner/name@{COMMIT}\n", f"hf:owner/name@{COMMIT}/%2e%2e/../x",
+    ],
+)  # fmt: skip
+def test_a_source_names_no_host(source: str) -> None:
+    """A hub source is a place on the hub that the worker is set to, an S3 source a bucket of the farm's own S3."""
+    with pytest.raises(ValueError, match=r"is no|: "):
+        sources.parse(source)
 
 
 def test_names_in_use_and_words_of_their_own(api: Api) -> None:

@@ -119,6 +119,64 @@ def test_films_are_refused(kind: str) -> None:
         imagefile.check(data, PIXELS)
 
 
+def flat(level: int) -> Image.Image:
+    return Image.new("RGB", (48, 32), (level, level, level))
+
+
+def long_apng(*, announced: bool) -> bytes:
+    """A PNG with 10,000 frames more, said so at its beginning or not at all."""
+    still = saved(flat(0), "PNG")
+    control = struct.pack(">IIIIIHHBB", 0, 48, 32, 0, 0, 1, 100, 0, 0)
+    frame = chunk(b"fcTL", control) + chunk(b"fdAT", bytes(4) + zlib.compress(bytes((48 * 3 + 1) * 32)))
+    start = chunk(b"acTL", struct.pack(">II", 10_000, 0)) if announced else b""
+    return still[:33] + start + still[33:-12] + frame * 10_000 + still[-12:]
+
+
+def long_webp(*, announced: bool) -> bytes:
+    two = saved(flat(0), "WEBP", save_all=True, append_images=[flat(255)], lossless=True)
+    frames = two.index(b"ANMF")
+    (length,) = struct.unpack_from("<I", two, frames + 4)
+    head = bytearray(two[12:frames])
+    head[8] = head[8] if announced else 0
+    parts = b"WEBP" + bytes(head) + two[frames : frames + 8 + length + length % 2] * 10_000
+    return b"RIFF" + struct.pack("<I", len(parts)) + parts
+
+
+def long_gif() -> bytes:
+    whole = saved(flat(0), "GIF")
+    start = whole.index(b"\x2c\0\0\0\0")
+    return whole[:start] + whole[start:-1] * 10_000 + b";"
+
+
+LONG: dict[str, Callable[[], bytes]] = {
+    "APNG": lambda: long_apng(announced=True),
+    "APNG that does not say so": lambda: long_apng(announced=False),
+    "WebP": lambda: long_webp(announced=True),
+    "WebP that does not say so": lambda: long_webp(announced=False),
+    "GIF": long_gif,
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_ten_thousand_frames_are_refused_before_any_decoder_sees_one(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    data = LONG[name]()
+    if "say" not in name:
+        assert getattr(Image.open(io.BytesIO(data)), "n_frames", 0) >= 10_000, "readers that take films take this one"
+    shown: list[object] = []
+    monkeypatch.setattr("farm.imagefile.Image.open", lambda *_, **__: shown.append(1))
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidRequest, match="no PNG, JPEG or WebP" if name == "GIF" else "animations"):
+            imagefile.check(data, PIXELS)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert shown == []
+    assert peak < 1024 * 1024
+
+
 @pytest.mark.parametrize("kind", ["BMP", "TIFF", "GIF", "ICO", "PPM"])
 def test_other_formats_are_refused(kind: str) -> None:
     with pytest.raises(InvalidRequest, match="no PNG, JPEG or WebP"):
@@ -130,6 +188,25 @@ def bomb(width: int, height: int) -> bytes:
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     pixels = zlib.compress(bytes(64 * 1024 * 1024), 9)
     return imagefile.PNG_SIGNATURE + header + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+def test_bombs_of_every_format_are_refused_before_any_decoder_sees_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    jpeg, size = saved(picture(), "JPEG"), struct.pack(">HH", 32, 48)
+    place = jpeg.index(b"\xff\xc0") + 5
+    assert jpeg[place : place + 4] == size
+    webp = b"WEBP" + struct.pack("<4sI", b"VP8X", 10) + bytes(4) + b"\xff" * 6
+    bombs = (
+        imagefile.PNG_SIGNATURE + chunk(b"IHDR", struct.pack(">IIBBBBB", 2**31 - 1, 2**31 - 1, 8, 2, 0, 0, 0))
+        + chunk(b"IDAT", b"x") + chunk(b"IEND", b""),
+        jpeg[:place] + struct.pack(">HH", 65_535, 65_535) + jpeg[place + 4 :],
+        b"RIFF" + struct.pack("<I", len(webp)) + webp,
+    )  # fmt: skip
+    shown: list[object] = []
+    monkeypatch.setattr("farm.imagefile.Image.open", lambda *_, **__: shown.append(1))
+    for data in bombs:
+        with pytest.raises(TooLarge, match="pixels"):
+            imagefile.check(data, PIXELS)
+    assert shown == []
 
 
 def test_bombs_are_refused_before_memory_grows() -> None:

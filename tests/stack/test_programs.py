@@ -1,6 +1,7 @@
 """The farm's own processes as the supervisor runs them: when they are well, when they hang, how they leave."""
 
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -9,15 +10,19 @@ import httpx
 import pytest
 from pydantic import SecretStr
 
-from farm import jobs
+from farm import doorbell, jobs
 from farm.db import Database
 from farm.ids import new_id
+from farm.jobs import Result
 from farm.settings import Settings
 from farm.stack import programs
 from farm.stack.datadir import DataDir
 from farm.stack.ports import LOOPBACK, free_port
 from farm.stack.service import Service
+from farm.states import Outcome
+from tests.farm.conftest import Queue
 from tests.workers.conftest import environment_of
+from workers.feed import Feed
 
 
 @pytest.fixture
@@ -28,7 +33,7 @@ def directory(tmp_path: Path) -> DataDir:
 
 
 def test_flower_shows_those_with_the_password_and_leaves_when_it_is_asked(
-    directory: DataDir, settings: Settings
+    directory: DataDir, settings: Settings, database: Database
 ) -> None:
     settings = settings.model_copy(update={"flower_password": SecretStr("for looking only")})
     port = free_port()
@@ -45,9 +50,35 @@ def test_flower_shows_those_with_the_password_and_leaves_when_it_is_asked(
     assert httpx.get(page, auth=mine).status_code == 200
     for order in ("worker/shutdown/any", "worker/pool/restart/any", "task/async-apply/farm.render", "task/revoke/any"):
         assert httpx.post(f"{page}/api/{order}", auth=mine, json={}).status_code in {403, 404, 405}, order
+    shown = told_to_flower(Queue(database, settings), page, mine)
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", shown)
+    assert "<script>alert" not in shown
+    assert r"&lt;script&gt;alert(1)&lt;/script&gt;\x1b[31m\u202e" in shown, "the prompt"
+    assert r"1 failed: &#x27;&lt;script&gt;alert(2)&lt;/script&gt;\x1b[31m" in shown.replace("&#39;", "&#x27;")
     assert service.stop(grace=30.0), (directory.logs / "flower.log").read_text()
     assert service.exit_code == 0
     assert not answers()
+
+
+def told_to_flower(farm: Queue, page: str, auth: tuple[str, str]) -> str:
+    """Flower's page of a micro-batch whose prompt and error are hostile."""
+    farm.submit([{"prompt": "<script>alert(1)</script>\x1b[31m\u202e", "seed": 1}])
+    claimed = farm.claim()
+    assert claimed is not None
+    (job,) = claimed.jobs
+    reason = "<script>alert(2)</script>\x1b[31m\u202e"
+    failed = [Result(job.id, job.attempt, Outcome.FAILED, error_code="render-failed", error_message=reason)]
+    feed = Feed(doorbell.make_app(farm.settings, timeout=5), "worker@here", "default")
+    feed.start()
+    for _ in range(100):
+        # Flower hears only what is told once it listens, a moment after it answers.
+        feed.began(claimed)
+        feed.ended(claimed, failed, 1.0)
+        answer = httpx.get(f"{page}/task/{claimed.claim_id}", auth=auth)
+        if answer.status_code == 200 and "FAILURE" in answer.text:
+            return answer.text
+        time.sleep(0.2)
+    raise AssertionError(answer.text)
 
 
 def test_the_sweeper_is_well_while_its_pulse_beats(directory: DataDir, settings: Settings) -> None:

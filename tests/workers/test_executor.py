@@ -1,5 +1,6 @@
 """One micro-batch in this process, with real servers and a renderer that misbehaves to order."""
 
+import ast
 import io
 import json
 from dataclasses import replace
@@ -252,6 +253,16 @@ def test_flower_reads_what_a_micro_batch_is(farm: Queue) -> None:
     for words in ("'pool': 'default'", "'jobs': 1", "'checkpoint': 'crack-tiny'", "'moss'", "'size': '128x128'"):
         assert words in told
     assert len(told) < 300
+
+
+def test_a_hostile_prompt_goes_to_flower_written_out(farm: Queue) -> None:
+    farm.submit([{"prompt": "<script>\x1b[31m\x9b2J\u202e\r\n'}", "seed": 1}])
+    claimed = farm.claim()
+    assert claimed is not None
+    told = readable(claimed, "default")
+    assert told.isprintable()
+    assert r"<script>\x1b[31m\x9b2J\u202e\r\n'}" in told, "Flower's pages escape the rest"
+    assert ast.literal_eval(told)["prompt"] == claimed.jobs[0].recipe.prompt
 
 
 def test_leaving_ends_by_its_timer_and_says_last_words_first() -> None:

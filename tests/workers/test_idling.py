@@ -1,11 +1,13 @@
 """A worker that lives and does not work: it ends itself, and nobody ends who has a reason to take nothing."""
 
 from collections.abc import Callable
+from uuid import UUID
 
 import pytest
+from pydantic import SecretStr
 from sqlalchemy import text
 
-from farm import jobs
+from farm import jobs, limits
 from farm.db import Database
 from farm.settings import Settings
 from farm.storage import Store
@@ -65,6 +67,47 @@ def test_who_took_something_in_between_goes_on(looking: Looking, farm: Queue) ->
     assert executor.claims == 1
     assert look(61.0) == look(62.0) == look(121.0) == []
     assert look(122.0) == [Exit.IDLE]
+
+
+def test_a_project_at_its_limit_of_running_jobs_ends_nobody(looking: Looking, farm: Queue) -> None:
+    _, look = looking
+    farm.do(limits.change, farm.project, {"running_jobs": 2})
+    farm.submit(5)
+    elsewhere = farm.claim(2, worker=UUID(int=8))
+    assert elsewhere is not None
+    assert len(elsewhere.jobs) == 2
+    assert [look(moment) for moment in (0.0, 30.0, 61.0, 200.0)][-1] == []
+    # Where the limit leaves room again, taking nothing is a fault again, counted from then on.
+    farm.finish(elsewhere)
+    assert look(300.0) == look(359.0) == []
+    assert look(360.0) == [Exit.IDLE]
+
+
+def test_a_broker_that_is_away_ends_nobody(database: Database, store: Store, settings: Settings, farm: Queue) -> None:
+    """Nobody rings and nobody is heard: whoever asks Postgres now and then, as every worker does, is well."""
+    now, ended = [0.0], list[Exit]()
+    away = settings.model_copy(update={"redis_url": SecretStr("redis://:nobody@127.0.0.1:9/0")})
+    executor = Executor(database, store, StubRenderer(), away, farm.worker)
+    idling = Idling(executor, end=lambda status, _why: ended.append(status), clock=lambda: now[0])
+
+    def look_after(*waits: float) -> None:
+        for wait in waits:
+            now[0] += wait
+            idling.look()
+
+    for _ in range(3):
+        # Nothing to take for longer than the limit, then work that no doorbell announced.
+        look_after(30.0, 61.0, 200.0)
+        farm.submit(1)
+        look_after(0.0, 30.0)
+        executor.work()
+        look_after(0.0)
+    assert executor.claims == 3
+    assert ended == []
+    # It is not the broker that is looked at: work that nobody asks for ends the worker with and without it.
+    farm.submit(1)
+    look_after(1.0, 61.0)
+    assert ended == [Exit.IDLE]
 
 
 def test_without_postgres_nobody_knows_and_nobody_ends(
