@@ -11,6 +11,7 @@ import structlog
 
 from farm.errors import FarmError, NotFound, PermanentError, Unavailable
 from farm.jobs import ClaimedJob, Difference, Result, StoredImage
+from farm.logs import about
 from farm.objects import image_key
 from farm.settings import Settings
 from farm.states import Outcome
@@ -61,6 +62,10 @@ class Storing:
         return [result() for result in begun]
 
     def _one(self, held: Held, job: ClaimedJob, pixels: Pixels, leaving: Leaving) -> Result:
+        with about(job=job.id, attempt=job.attempt):
+            return self._put(held, job, pixels, leaving)
+
+    def _put(self, held: Held, job: ClaimedJob, pixels: Pixels, leaving: Leaving) -> Result:
         try:
             image, body, thumbnail = self._encode(job, pixels)
             pause = FIRST_PAUSE_SECONDS
@@ -73,7 +78,7 @@ class Storing:
                         self._store.put(image.thumbnail_key, thumbnail, "image/webp", digest)
                     return Result(job.id, job.attempt, Outcome.SUCCEEDED, image, difference=apart)
                 except Unavailable as error:
-                    log.warning("upload failed", job=str(job.id), error=error.message)
+                    log.warning("upload failed", error=error.message)
                     if held.lost or pause >= leaving.seconds_left:
                         return Result(job.id, job.attempt, Outcome.GIVEN_BACK)
                     if held.seconds + pause > self._patience:
@@ -84,7 +89,7 @@ class Storing:
             outcome = Outcome.FAILED if isinstance(error, PermanentError) else Outcome.RETRY
             return Result(job.id, job.attempt, outcome, error_code=error.code, error_message=error.message)
         except Exception as error:
-            log.exception("picture not stored", job=str(job.id))
+            log.exception("picture not stored")
             return Result(job.id, job.attempt, Outcome.RETRY, error_code="store", error_message=repr(error)[:2000])
 
     def _compared(self, job: ClaimedJob, pixels: Pixels, body: bytes) -> Difference | None:

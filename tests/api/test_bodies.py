@@ -209,13 +209,14 @@ def test_a_reader_may_be_silent_longer_than_a_body(fresh: Any) -> None:
 
 def test_a_header_alone_is_enough_to_refuse_a_body(api: Api) -> None:
     host, port = api.url.removeprefix("http://").split(":")
-    for length in (b"200001", b"9" * 30):
+    # No server needs to count so far as 30 digits do: what it cannot read is no length.
+    for length, statuses in ((b"200001", b"413"), (b"9" * 18, b"413"), (b"9" * 30, b"400 413")):
         with socket.create_connection((host, int(port)), timeout=5) as line:
             line.sendall(
                 b"POST /api/v1/jobs HTTP/1.1\r\nHost: x\r\nX-API-Key: %s\r\nContent-Type: application/json\r\n"
                 b"Content-Length: %s\r\n\r\n" % (api.key.encode(), length)
             )
-            assert line.recv(1000).startswith((b"HTTP/1.1 413", b"HTTP/1.1 400"))
+            assert line.recv(1000).split()[1] in statuses.split()
 
 
 def test_bodies_at_the_limit_are_read(api: Api) -> None:

@@ -6,7 +6,7 @@ from sqlalchemy import text
 from farm import jobs
 from farm.errors import Conflict, NotFound
 from farm.ids import new_id
-from farm.jobs.changing import turn_cancelled
+from farm.jobs.changing import turn_cancelled, turn_retried
 from farm.queries import changing, maintaining
 from farm.states import JobState, Outcome
 from tests.farm.conftest import Queue
@@ -60,7 +60,10 @@ def test_a_large_cancel_answers_at_once_and_the_sweeper_turns_the_rows(
     for _ in range(5):
         queue.do(turn_cancelled, segment, 5)
     assert queue.do(lambda conn: conn.scalar(text(raw))) == 0
-    assert queue.do(jobs.retry_batch, queue.project, batch.id).counts.queued + 0 in (0, 23)
+    assert queue.do(jobs.retry_batch, queue.project, batch.id).counts.cancelled == 23, "the sweeper does this one too"
+    assert queue.do(lambda conn: conn.scalar(text("SELECT retrying FROM segments")))
+    assert queue.do(turn_retried, batch.id, segment) == 23
+    assert queue.counts(batch) == {"queued": 23}
 
 
 def test_retry_takes_failed_and_cancelled_but_never_succeeded(queue: Queue) -> None:

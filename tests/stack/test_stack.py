@@ -7,7 +7,8 @@ import socket
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import httpx
@@ -20,6 +21,7 @@ from farm.db import Database, migrate
 from farm.errors import SchemaMismatch, StackError
 from farm.stack import embedded, running, status, stop_running
 from farm.stack.ports import LOOPBACK, is_free
+from farm.stack.processes import Identity
 from farm.stack.stack import Stack
 from tests.stack.watching import family, identities, listening, wait_until
 
@@ -87,14 +89,31 @@ def api(data_dir: Path) -> httpx.Client:
     return httpx.Client(base_url=f"{credentials['url']}/api/v1", headers=headers, timeout=10, trust_env=False)
 
 
-def die(data_dir: Path, up: Up, name: str) -> None:
-    """Kill a service with -9 and hear that it is missed."""
-    os.kill(identities(data_dir)[name].pid, signal.SIGKILL)
-    assert "signal 9; starting again" in up.hear(f"{name}: ended")
+def die(data_dir: Path, up: Up, *names: str) -> None:
+    """Kill services with -9 and hear that each is missed."""
+    there = identities(data_dir)
+    for name in names:
+        os.kill(there[name].pid, signal.SIGKILL)
+    missed: set[str] = set()
+    while missed != set(names):
+        name, _, event = up.hear("").partition(": ")
+        if event.startswith("ended with signal 9; starting again"):
+            missed.add(name)
+
+
+def vanishing(up: Up, there: Mapping[str, Identity]) -> list[set[str]]:
+    """Which services went, look by look, until all of `farm up` has ended."""
+    left, gone = set(there), []
+    while up.process.poll() is None or left:
+        if now := {name for name in left if not there[name].alive}:
+            gone.append(now)
+            left -= now
+        time.sleep(0.005)
+    return gone
 
 
 @pytest.mark.timeout(300)
-def test_a_whole_life(data_dir: Path, up: Up) -> None:
+def test_a_whole_life(data_dir: Path, up: Up, record_property: Callable[[str, object], None]) -> None:
     assert str(data_dir / "credentials.json") in up.hear(READY)
     assert states(data_dir) == dict.fromkeys(SERVICES, "healthy")
     shown = dict(line.split(maxsplit=1) for line in up.said[:-1])
@@ -122,10 +141,12 @@ def test_a_whole_life(data_dir: Path, up: Up) -> None:
         assert states(data_dir)["worker"] == "restarting"
         up.hear("worker")
         wait_until(lambda: state() == ("succeeded", 2), 60)
-    for name in ("postgres", "api"):
-        die(data_dir, up, name)
-        up.hear(name)
+    for names in (("postgres",), ("valkey", "s3", "api", "sweeper", "flower")):
+        before = identities(data_dir)
+        die(data_dir, up, *names)
         wait_until(lambda: set(states(data_dir).values()) == {"healthy"})
+        after = identities(data_dir)
+        assert {name for name in before if after[name] != before[name]} == set(names), "the others stayed"
     with api(data_dir) as client:
         assert client.get(f"/jobs/{job}/image", params={"redirect": False}).status_code == httpx.codes.OK
 
@@ -133,21 +154,30 @@ def test_a_whole_life(data_dir: Path, up: Up) -> None:
     left = identities(data_dir)
     up.process.kill()
     up.process.wait()
+    started = time.monotonic()
     again = Up(data_dir)
     try:
         again.hear(READY)
+        record_property("second_start_seconds", round(time.monotonic() - started, 1))
         assert not any(identity.alive for identity in left.values())
         assert (data_dir / "credentials.json").read_text() == key
         with api(data_dir) as client:
             assert client.get(f"/jobs/{job}").json()["state"] == "succeeded"
 
-        # `farm down` from outside.
-        everything = [process for identity in identities(data_dir).values() for process in family(identity)]
+        # Ctrl-C: first what lets work in, then what works, then the servers they need until they have left.
+        there = identities(data_dir)
+        everything = [process for identity in there.values() for process in family(identity)]
         ports = [port for _, port in listening(everything)]
-        down = CliRunner().invoke(app, ["down", "--data-dir", str(data_dir), "--json"])
-        assert json.loads(down.stdout) == {"was_running": True}
+        again.process.send_signal(signal.SIGINT)
+        order = vanishing(again, there)
         assert again.process.wait(10) == 0
         again.hear("The farm has stopped.")
+        place = {name: number for number, names in enumerate(order) for name in names}
+        parts = {place[name] for name in ("worker", "sweeper", "flower")}
+        servers = {place[name] for name in ("s3", "valkey", "postgres")}
+        assert 0 == place["api"] < min(parts)
+        assert max(parts) < min(servers)
+        assert max(servers) <= place["supervisor"]
         assert psutil.wait_procs(everything, timeout=1)[1] == []
         assert [port for port in ports if not is_free(port)] == []
         assert status(data_dir) == []
@@ -157,10 +187,14 @@ def test_a_whole_life(data_dir: Path, up: Up) -> None:
 
 
 def test_stopped_while_starting(data_dir: Path, up: Up) -> None:
+    """By `farm down`, which asks `farm up` as Ctrl-C does and waits for it."""
     up.hear("postgres")
     left = identities(data_dir)
-    up.process.send_signal(signal.SIGINT)
-    assert up.process.wait(60) == 0
+    down = CliRunner().invoke(app, ["down", "--data-dir", str(data_dir), "--json"])
+    assert json.loads(down.stdout) == {"was_running": True}
+    assert up.process.wait(10) == 0
+    up.hear("The farm has stopped.")
+    assert not any(line.startswith(READY) for line in up.said)
     assert not any(identity.alive for identity in left.values())
     assert status(data_dir) == []
 

@@ -1,5 +1,6 @@
 """The promises of worker processes, with real servers: what is killed, frozen, emptied or restarted loses no job."""
 
+import json
 import os
 import signal
 import time
@@ -28,7 +29,8 @@ def all_succeeded(farm: Queue, batch: object, count: int) -> bool:
 def test_a_doorbell_wakes_a_worker_and_every_job_succeeds(
     farm: Queue, start: Start, settings: Settings, store: Store
 ) -> None:
-    patient = settings.model_copy(update={"poll": timedelta(seconds=60)})
+    telling = {"log_format": "json", "log_level": "debug"}
+    patient = settings.model_copy(update={"poll": timedelta(seconds=60), **telling})
     worker = start(patient)
     batch = farm.submit(10)
     doorbell.ring(settings, settings.pool)
@@ -40,6 +42,14 @@ def test_a_doorbell_wakes_a_worker_and_every_job_succeeds(
     assert store.exists(image.thumbnail_key)
     worker.signal(signal.SIGTERM)
     assert worker.wait() == Exit.LEFT
+    lines = [json.loads(line) for line in worker.log.read_text().splitlines()]
+    ended = [line for line in lines if line["event"] == "job ended"]
+    attempts = farm.do(lambda conn: conn.execute(text("SELECT job_id, number, claim_id FROM attempts")).all())
+    assert {(line["job"], line["attempt"], line["claim"]) for line in ended} == {
+        (str(job), str(number), str(claim)) for job, number, claim in attempts
+    }
+    workers = farm.do(lambda conn: list(conn.scalars(text("SELECT CAST(id AS text) FROM workers"))))
+    assert [line["worker"] for line in ended] == workers * 10
 
 
 def test_jobs_of_a_killed_worker_run_elsewhere(farm: Queue, start: Start, sweeper: None) -> None:
