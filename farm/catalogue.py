@@ -17,6 +17,8 @@ from farm.views import AdapterView, CheckpointView, ControlNetView, MotionView, 
 
 DEFAULT_CHECKPOINT = "crack-tiny"
 DEFAULT_ACCELERATION = "crack-tiny-lcm"
+MOST_CUTS = 64
+"""Projects whose part of the catalogue a process keeps: cutting 10,000 models out takes milliseconds, and memory."""
 ASSETS = Path(__file__).parent / "assets" / "crack-tiny"
 
 
@@ -72,7 +74,7 @@ class Kept:
 
     def __init__(self, store: ObjectStore) -> None:
         self._store = store
-        self._kept: tuple[UUID | None, Catalogue] | None = None
+        self._kept: tuple[UUID | None, Catalogue, dict[UUID, Catalogue]] | None = None
 
     def load(self, conn: Connection, project_id: UUID) -> Catalogue:
         """What a project may name as of now, for the price of reading one row."""
@@ -80,8 +82,14 @@ class Kept:
         stamp = rows.stamp(conn)
         kept = self._kept
         if kept is None or kept[0] != stamp:
-            kept = self._kept = (stamp, load(conn, self._store))
-        return kept[1].of(project_id)
+            kept = self._kept = (stamp, load(conn, self._store), {})
+        _, whole, cuts = kept
+        cut = cuts.get(project_id)
+        if cut is None:
+            if len(cuts) >= MOST_CUTS:
+                cuts.clear()
+            cut = cuts[project_id] = whole.of(project_id)
+        return cut
 
 
 def list_checkpoints(conn: Connection, seen_by: UUID | None = None) -> list[CheckpointView]:
