@@ -22,11 +22,17 @@ def accepted(
 ) -> RegistrationView:
     """Ask for a model of a kind; None for an adapter that does not say which.
 
-    Raises InvalidRequest for a source that is none, Conflict if the name is taken or being registered.
+    Raises InvalidRequest for a source or a project that is none, Conflict if the name is taken or being registered.
     """
-    more = wanted.model_dump(exclude={"name", "source", "kind"}, exclude_none=True)
+    more = wanted.model_dump(exclude={"name", "source", "kind", "project"}, exclude_none=True)
     made = registrations.ask(
-        conn, name=wanted.name, kind=kind, source=wanted.source, wanted=more, pool=settings.pool
-    )  # fmt: skip
+        conn,
+        name=wanted.name,
+        kind=kind,
+        source=wanted.source,
+        wanted=more,
+        pool=settings.pool,
+        project=wanted.project,
+    )
     response.headers["Location"] = f"{API}/registrations/{made.id}"
     return made

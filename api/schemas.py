@@ -13,6 +13,8 @@ from farm.states import JobState
 Text = Annotated[str, Field(max_length=200, pattern=r"^[^\x00]*$")]
 """A short text; Postgres stores every character but NUL."""
 
+ProjectName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+
 Scope = Literal["jobs:read", "jobs:submit", "jobs:manage", "jobs:write", "admin"]
 
 
@@ -53,7 +55,7 @@ class KeyBody(Body):
     """A key to make. Without a project it belongs to the project of the key that asks for it."""
 
     name: Annotated[Text, Field(min_length=1)]
-    project: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")] | None = None
+    project: ProjectName | None = None
     scopes: Annotated[list[Scope], Field(min_length=1), FailFast()] = ["jobs:read", "jobs:write"]
     expires_at: Moment | None = None
 
@@ -67,11 +69,12 @@ class KeyBody(Body):
 
 class ModelBody(Body):
     """A model to register. `source` is `hf:owner/name@<40 hex digits>[/folder or file.safetensors]` or
-    `s3://bucket/prefix or key.safetensors`."""
+    `s3://bucket/prefix or key.safetensors`. With the name of a `project` only its jobs may name the model."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
     source: Annotated[Text, Field(min_length=1, max_length=1000)]
     family: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")] | None = None
+    project: ProjectName | None = None
 
 
 class CheckpointBody(ModelBody):

@@ -82,7 +82,7 @@ class Submission:
 
 @dataclass(frozen=True)
 class Moment:
-    """What a submission is checked against: the models there are, the database's clock, the project's uploads."""
+    """What a submission is checked against: models that the project may name, its uploads, the database's clock."""
 
     known: Catalogue
     now: datetime
@@ -98,7 +98,7 @@ class Moment:
             with farm.database.transaction() as own:
                 return sizes(own, project_id, hashes)
 
-        return cls(farm.catalogue.load(conn), database_now(conn), Known(ask))
+        return cls(farm.catalogue.load(conn, project_id), database_now(conn), Known(ask))
 
     def check(self, submission: Submission, farm: Farm) -> Prepared:
         """Everything checked, and spooled for COPY. Raises InvalidRequest with the first hundred problems."""

@@ -13,6 +13,7 @@ from sqlalchemy import Connection
 from farm.errors import InvalidRequest, NotFound, Unauthorized
 from farm.ids import new_id
 from farm.queries import keys as rows
+from farm.resolving import unknown
 from farm.views import KeyView
 
 SCOPES = frozenset({"jobs:read", "jobs:submit", "jobs:manage", "jobs:write", "admin"})
@@ -34,6 +35,11 @@ class Caller:
     scopes: frozenset[str]
     requests_per_second: int | None = None
     seconds_left: float | None = None
+
+    @property
+    def sees(self) -> UUID | None:
+        """The project whose models it is told of beside the shared ones; None for an admin, who is told of all."""
+        return None if "admin" in self.scopes else self.project_id
 
 
 def create_key(
@@ -83,6 +89,16 @@ def authenticate(conn: Connection, key: str) -> Caller:
         found["requests_per_second"],
         None if left is None else float(left),
     )
+
+
+def project_named(conn: Connection, name: str) -> UUID:
+    """The project of this name. Raises InvalidRequest with those that are named nearly so."""
+    projects = {row["name"]: row["id"] for row in rows.projects(conn)}
+    if name not in projects:
+        problem = unknown("project", name, projects)
+        raise InvalidRequest(problem, problems=[{"field": "project", "problem": problem}])
+    found: UUID = projects[name]
+    return found
 
 
 def list_keys(conn: Connection) -> list[KeyView]:

@@ -25,7 +25,7 @@ from farm.models_catalogue import CatalogueStamp, Model, ModelFile, Registration
 from farm.models_tenants import ApiKey, Project, Webhook, WebhookDelivery
 from farm.schema import BY_PRIORITY, EMPTY_ARRAY, EMPTY_OBJECT, NOW, QUEUED, READY, RUNNING, Base, Xid8
 
-SCHEMA_VERSION = "0013"
+SCHEMA_VERSION = "0014"
 """The Alembic revision this code was written for; a process refuses any other."""
 
 TENANTS = (Project, ApiKey, Webhook, WebhookDelivery)

@@ -4,14 +4,15 @@ import uuid
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import BigInteger, CheckConstraint, Index, SmallInteger, text
+from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Index, SmallInteger, text
 from sqlalchemy.orm import Mapped, mapped_column
 
 from farm.schema import EMPTY_ARRAY, EMPTY_OBJECT, NOW, Base
 
 
 class Model(Base):
-    """A checkpoint or an adapter at a content hash, under the name jobs use."""
+    """A checkpoint or an adapter at a content hash, under the name jobs use: those of its project, or all where it has
+    none."""
 
     __tablename__ = "models"
     name: Mapped[str] = mapped_column(primary_key=True)
@@ -24,6 +25,7 @@ class Model(Base):
     profile: Mapped[dict[str, Any]] = mapped_column(server_default=EMPTY_OBJECT)
     source: Mapped[dict[str, Any]] = mapped_column(server_default=EMPTY_OBJECT)
     created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+    project_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("projects.id"))
     __table_args__ = (
         CheckConstraint("kind IN ('checkpoint', 'vae', 'controlnet', 'motion', 'acceleration', 'style')", name="kind"),
         CheckConstraint("state IN ('pending', 'available', 'refused')", name="state"),
@@ -70,6 +72,7 @@ class Registration(Base):
     lease_until: Mapped[datetime | None]
     created_at: Mapped[datetime] = mapped_column(server_default=NOW)
     finished_at: Mapped[datetime | None]
+    project_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("projects.id"))
     __table_args__ = (
         CheckConstraint("kind IN ('checkpoint', 'vae', 'controlnet', 'motion', 'acceleration', 'style')", name="kind"),
         CheckConstraint(

@@ -14,7 +14,7 @@ from uuid import UUID
 
 from sqlalchemy import Connection, RowMapping
 
-from farm import catalogue
+from farm import catalogue, keys
 from farm.errors import Conflict, FarmError, InvalidModel, InvalidRequest, NotFound
 from farm.families import WELL_KNOWN
 from farm.ids import new_id
@@ -63,12 +63,19 @@ class Claim:
 
 
 def ask(
-    conn: Connection, *, name: str, kind: ModelKind | None, source: str, wanted: Mapping[str, Any], pool: str
+    conn: Connection,
+    *,
+    name: str,
+    kind: ModelKind | None,
+    source: str,
+    wanted: Mapping[str, Any],
+    pool: str,
+    project: str | None = None,
 ) -> RegistrationView:
     """Ask for a model from the hub or from S3. An adapter without a kind is a style, unless the farm knows its
     repository for something else.
 
-    Raises InvalidRequest for a source that is none, Conflict if the name is taken or being registered.
+    Raises InvalidRequest for a source or a project that is none, Conflict if the name is taken or being registered.
     """
     try:
         place = parse(source).place
@@ -78,7 +85,7 @@ def ask(
     chosen: ModelKind = kind or (known[0] if known else "style")
     family = known[1] if known and known[0] == chosen else None
     given = {**wanted, "family": wanted.get("family") or family}
-    return submit(conn, name=name, kind=chosen, source=source, wanted=given, pool=pool)
+    return submit(conn, name=name, kind=chosen, source=source, wanted=given, pool=pool, project=project)
 
 
 def submit(
@@ -89,14 +96,16 @@ def submit(
     source: str,
     wanted: Mapping[str, Any],
     pool: str,
+    project: str | None = None,
     raw: FoundModel | None = None,
     uploader: UUID | None = None,
     lease: timedelta | None = None,
 ) -> RegistrationView:
-    """Ask for a model under a name.
+    """Ask for a model under a name, for jobs of one project alone if its name is given.
 
     `raw` are files that the caller uploads next, as `uploader` and holding a lease; then it gives the registration
-    back, and a worker goes on. Raises Conflict if the name is taken or being registered."""
+    back, and a worker goes on. Raises Conflict if the name is taken or being registered, InvalidRequest for a project
+    that is none."""
     if not NAME.fullmatch(name):
         problem = (
             "a name begins with a letter or digit and goes on with those, dots, dashes and underscores, 100 at most"
@@ -106,12 +115,13 @@ def submit(
         raise Conflict(f"{name} is a word that jobs use for their VAE; choose another name")
     if catalogue.is_taken(conn, name):
         raise Conflict(f"the name {name} is taken; remove it first or choose another")
+    owner = None if project is None else keys.project_named(conn, project)
     given = {key: value for key, value in wanted.items() if value not in (None, {})}
     content = raw.hash if raw else None
     fresh = [raw.hash] if raw and catalogue.put_files(conn, raw) else []
     row = rows.insert(
         conn, registration=new_id(), name=name, kind=kind, source=source, wanted=given, pool=pool, raw=content,
-        fresh=fresh, worker=uploader, lease=lease,
+        fresh=fresh, worker=uploader, lease=lease, project_id=owner,
     )  # fmt: skip
     if row is None:
         raise Conflict(f"{name} is being registered right now; wait for it, or cancel that registration")
@@ -190,10 +200,12 @@ def store(conn: Connection, held: Claim, found: FoundModel) -> None:
 
 
 def publish(conn: Connection, held: Claim, found: FoundModel, notes: Sequence[str], settings: Settings) -> None:
-    """Jobs may name the model from now on. Raises Lost, Conflict if somebody took the name meanwhile."""
+    """Jobs may name the model from now on: all, or those of its project. Raises Lost, Conflict if the name was taken
+    meanwhile."""
     _hold(rows.finish(conn, held.id, held.attempt, "available", reason=None, notes=notes))
-    catalogue.publish(conn, name=held.name, kind=held.kind, found=found)
-    _forget(conn, row_of(conn, held.id), settings)
+    row = row_of(conn, held.id)
+    catalogue.publish(conn, name=held.name, kind=held.kind, found=found, project_id=row["project_id"])
+    _forget(conn, row, settings)
 
 
 def refuse(conn: Connection, held: Claim, reason: str, settings: Settings) -> None:

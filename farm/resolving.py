@@ -2,8 +2,9 @@
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+from uuid import UUID
 
 import orjson
 
@@ -12,6 +13,8 @@ from farm.families import latents_of
 from farm.recipe import AdapterUse, adapter_set_of, lane_of, normal, pipeline_key_of
 from farm.tasks import Task, Use, in_order
 from farm.views import AdapterView, CheckpointView, ControlNetView, MotionView, VaeView
+
+T = TypeVar("T")
 
 CONTENT_TOKENS = 75
 """CLIP reads 77 tokens, its start and end marks among them."""
@@ -38,7 +41,8 @@ class Resolved:
 
 @dataclass(frozen=True)
 class Catalogue:
-    """What jobs may name at one moment. `tokens` counts prompt tokens; it loads tokenizers when first asked."""
+    """What jobs may name at one moment. `tokens` counts prompt tokens; it loads tokenizers when first asked.
+    `owners` are the projects of those models that belong to one."""
 
     checkpoints: Mapping[str, CheckpointView]
     adapters: Mapping[str, AdapterView]
@@ -46,6 +50,26 @@ class Catalogue:
     controlnets: Mapping[str, ControlNetView] = field(default_factory=dict)
     motions: Mapping[str, MotionView] = field(default_factory=dict)
     tokens: Callable[[str, str], int | None] = field(default=lambda _checkpoint, _prompt: None)
+    owners: Mapping[str, UUID] = field(default_factory=dict)
+
+    def of(self, project_id: UUID) -> "Catalogue":
+        """What jobs of one project may name: what all share, and its own. Nothing else is resolved or hinted at."""
+        hidden = {name for name, owner in self.owners.items() if owner != project_id}
+        if not hidden:
+            return self
+
+        def seen(models: Mapping[str, T]) -> dict[str, T]:
+            return {name: one for name, one in models.items() if name not in hidden}
+
+        return replace(
+            self,
+            checkpoints=seen(self.checkpoints),
+            adapters=seen(self.adapters),
+            vaes=seen(self.vaes),
+            controlnets=seen(self.controlnets),
+            motions=seen(self.motions),
+            owners={},
+        )
 
     def too_long(self, checkpoint: str, prompt: str) -> bool:
         """Whether a prompt has more tokens than fit between CLIP's start and end marks."""

@@ -1,7 +1,7 @@
 """What the farm answers: the shapes that the API sends and the client reads. One definition for both."""
 
 from datetime import datetime
-from typing import Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 from uuid import UUID
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -11,6 +11,10 @@ from farm.modelkinds import ModelKind
 from farm.states import JobState
 
 T = TypeVar("T")
+
+Owner = Annotated[
+    str | None, Field(description="The project whose jobs alone may name it; null: those of all projects may.")
+]
 
 
 class View(BaseModel):
@@ -221,6 +225,7 @@ class CheckpointView(View):
     bytes: int
     profile: dict[str, Any]
     source: dict[str, Any] = {}
+    project: Owner = None
     created_at: datetime
 
 
@@ -235,6 +240,7 @@ class VaeView(View):
     tiny: bool = False
     bytes: int
     source: dict[str, Any] = {}
+    project: Owner = None
     created_at: datetime
 
 
@@ -247,6 +253,7 @@ class ControlNetView(View):
     state: Literal["pending", "available", "refused"]
     bytes: int
     source: dict[str, Any] = {}
+    project: Owner = None
     created_at: datetime
 
 
@@ -262,6 +269,7 @@ class MotionView(View):
     acceleration: str | None = None
     bytes: int
     source: dict[str, Any] = {}
+    project: Owner = None
     created_at: datetime
 
 
@@ -275,6 +283,7 @@ class AdapterView(View):
     state: Literal["pending", "available", "refused"]
     bytes: int
     source: dict[str, Any] = {}
+    project: Owner = None
     created_at: datetime
 
 
@@ -293,6 +302,7 @@ class RegistrationView(View):
     hash: str | None = None
     bytes: int = 0
     total_bytes: int | None = None
+    project: Owner = None
     created_at: datetime
     finished_at: datetime | None = None
 

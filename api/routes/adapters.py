@@ -15,9 +15,9 @@ router = APIRouter(prefix="/adapters", tags=["models"])
 
 
 @router.get("")
-def list_adapters(_: ReaderDep, conn: ConnDep) -> Page[AdapterView]:
-    """Every adapter, and the family of checkpoints it fits."""
-    return Page(items=catalogue.list_adapters(conn))
+def list_adapters(caller: ReaderDep, conn: ConnDep) -> Page[AdapterView]:
+    """Adapters that jobs of your project may name, and the family of checkpoints each fits. An admin sees all."""
+    return Page(items=catalogue.list_adapters(conn, caller.sees))
 
 
 @router.post(

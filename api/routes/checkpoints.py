@@ -15,9 +15,10 @@ router = APIRouter(prefix="/checkpoints", tags=["models"])
 
 
 @router.get("")
-def list_checkpoints(_: ReaderDep, conn: ConnDep) -> Page[CheckpointView]:
-    """Every checkpoint with its profile: default size, steps and guidance, and its limits."""
-    return Page(items=catalogue.list_checkpoints(conn))
+def list_checkpoints(caller: ReaderDep, conn: ConnDep) -> Page[CheckpointView]:
+    """Checkpoints that jobs of your project may name, with their profiles: default size, steps and guidance, and
+    limits. An admin sees all."""
+    return Page(items=catalogue.list_checkpoints(conn, caller.sees))
 
 
 @router.post("", status_code=ACCEPTED, openapi_extra=documented(CheckpointBody, {"SDXL from the hub": CHECKPOINT}))

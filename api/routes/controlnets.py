@@ -15,9 +15,9 @@ router = APIRouter(prefix="/controlnets", tags=["models"])
 
 
 @router.get("")
-def list_controlnets(_: ReaderDep, conn: ConnDep) -> Page[ControlNetView]:
-    """Every ControlNet, and the family it is made for."""
-    return Page(items=catalogue.list_controlnets(conn))
+def list_controlnets(caller: ReaderDep, conn: ConnDep) -> Page[ControlNetView]:
+    """ControlNets that jobs of your project may name, and the family each is made for. An admin sees all."""
+    return Page(items=catalogue.list_controlnets(conn, caller.sees))
 
 
 @router.post("", status_code=ACCEPTED, openapi_extra=documented(ControlNetBody, {"edges": CONTROLNET}))

@@ -15,9 +15,10 @@ router = APIRouter(prefix="/motions", tags=["models"])
 
 
 @router.get("")
-def list_motions(_: ReaderDep, conn: ConnDep) -> Page[MotionView]:
-    """Every motion adapter, the family it is made for and how many frames it knows."""
-    return Page(items=catalogue.list_motions(conn))
+def list_motions(caller: ReaderDep, conn: ConnDep) -> Page[MotionView]:
+    """Motion adapters that jobs of your project may name, the family each is made for and how many frames it knows. An
+    admin sees all."""
+    return Page(items=catalogue.list_motions(conn, caller.sees))
 
 
 @router.post("", status_code=ACCEPTED, openapi_extra=documented(MotionBody, {"AnimateLCM": MOTION}))

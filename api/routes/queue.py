@@ -10,6 +10,8 @@ router = APIRouter(prefix="/queue", tags=["monitoring"])
 
 
 @router.get("")
-def list_lanes(_: ReaderDep, conn: ConnDep) -> Page[LaneView]:
-    """Depth, oldest age (seconds), running jobs and images per second of each lane with open jobs, deepest first."""
-    return Page(items=jobs.queue(conn))
+def list_lanes(caller: ReaderDep, conn: ConnDep) -> Page[LaneView]:
+    """Depth, oldest age (seconds), running jobs and images per second of each lane with open jobs, deepest first.
+
+    The checkpoint of a lane is told by hash where it is another project's."""
+    return Page(items=jobs.queue(conn, caller.sees))

@@ -15,9 +15,9 @@ router = APIRouter(prefix="/vaes", tags=["models"])
 
 
 @router.get("")
-def list_vaes(_: ReaderDep, conn: ConnDep) -> Page[VaeView]:
-    """Every VAE, and the family whose latents it decodes."""
-    return Page(items=catalogue.list_vaes(conn))
+def list_vaes(caller: ReaderDep, conn: ConnDep) -> Page[VaeView]:
+    """VAEs that jobs of your project may name, and the family whose latents each decodes. An admin sees all."""
+    return Page(items=catalogue.list_vaes(conn, caller.sees))
 
 
 @router.post("", status_code=ACCEPTED, openapi_extra=documented(VaeBody, {"SDXL in half precision": VAE}))

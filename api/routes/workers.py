@@ -10,6 +10,6 @@ router = APIRouter(prefix="/workers", tags=["monitoring"])
 
 
 @router.get("")
-def list_workers(_: ReaderDep, conn: ConnDep) -> Page[WorkerView]:
-    """Every worker that has not left, with device, state and warm pipelines."""
-    return Page(items=jobs.workers(conn))
+def list_workers(caller: ReaderDep, conn: ConnDep) -> Page[WorkerView]:
+    """Every worker that has not left, with device, state and warm pipelines. Models of others are told by hash."""
+    return Page(items=jobs.workers(conn, caller.sees))

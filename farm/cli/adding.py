@@ -48,7 +48,14 @@ def from_afar(
 
 
 def from_here(
-    data_dir: Path, name: str, path: Path, kind: ModelKind | None, wanted: Mapping[str, Any], *, wait: bool
+    data_dir: Path,
+    name: str,
+    path: Path,
+    kind: ModelKind | None,
+    wanted: Mapping[str, Any],
+    *,
+    project: str | None,
+    wait: bool,
 ) -> RegistrationView:
     """A model of this machine. Its files are looked at, sent to S3, and then checked by a worker like all others."""
     from farm import catalogue, holding, registrations
@@ -76,6 +83,7 @@ def from_here(
                 source=f"local:{path.resolve().name}",
                 wanted=wanted,
                 pool=configured.pool,
+                project=project,
                 raw=raw,
                 uploader=new_id(),
                 lease=configured.lease,

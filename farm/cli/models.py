@@ -19,7 +19,7 @@ models = typer.Typer(help="Checkpoints, VAEs and adapters that jobs may name.", 
 
 @models.command("list")
 def list_models(data_dir: DataDir = DATA_DIR, as_json: AsJson = False) -> None:
-    """List checkpoints, VAEs, ControlNets, motion adapters and LoRAs."""
+    """List checkpoints, VAEs, ControlNets, motion adapters and LoRAs; those without a project are everybody's."""
     with connect(data_dir) as farm:
         found: list[tuple[str, CheckpointView | VaeView | ControlNetView | MotionView | AdapterView]] = []
         found += [("checkpoint", each) for each in farm.checkpoints()]
@@ -32,9 +32,18 @@ def list_models(data_dir: DataDir = DATA_DIR, as_json: AsJson = False) -> None:
             json_line({**each.model_dump(mode="json"), "kind": kind})
         return
     table(
-        ("NAME", "KIND", "FAMILY", "STATE", "#SIZE", "ADDED", "HASH"),
+        ("NAME", "KIND", "FAMILY", "STATE", "PROJECT", "#SIZE", "ADDED", "HASH"),
         (
-            (each.name, kind, each.family, each.state, size(each.bytes), ago(each.created_at), each.hash[:12])
+            (
+                each.name,
+                kind,
+                each.family,
+                each.state,
+                each.project,
+                size(each.bytes),
+                ago(each.created_at),
+                each.hash[:12],
+            )
             for kind, each in found
         ),
         "There are no models.",
@@ -65,6 +74,9 @@ def add(
             show_default=False,
         ),
     ] = None,
+    project: Annotated[
+        str | None, typer.Option(help="The project whose jobs alone may name it; else all may.", show_default=False)
+    ] = None,
     wait: Annotated[bool, typer.Option(help="Wait until it is available or refused.")] = True,
     data_dir: DataDir = DATA_DIR,
     as_json: AsJson = False,
@@ -77,9 +89,9 @@ def add(
 
     wanted = {"family": family, "variant": variant, "profile": adding.profile_of(profile)}
     if source.startswith(("hf:", "s3://")):
-        ended = adding.from_afar(data_dir, name, source, kind, wanted, wait=wait)
+        ended = adding.from_afar(data_dir, name, source, kind, {**wanted, "project": project}, wait=wait)
     else:
-        ended = adding.from_here(data_dir, name, Path(source), kind, wanted, wait=wait)
+        ended = adding.from_here(data_dir, name, Path(source), kind, wanted, project=project, wait=wait)
     if as_json:
         json_line(ended)
     else:

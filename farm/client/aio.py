@@ -268,7 +268,7 @@ class AsyncFarm:
         return await self._request(calls.motions())
 
     async def register(self, kind: Registered, name: str, source: str, **wanted: Any) -> RegistrationView:
-        """Ask for a model from the hub or S3; `wanted` as the API takes it: family, variant, profile."""
+        """Ask for a model from the hub or S3; `wanted` as the API takes it: family, variant, profile, project."""
         return await self._request(calls.register(kind, name, source, wanted))
 
     async def registration(self, which: RegistrationView | Id) -> RegistrationView:

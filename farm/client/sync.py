@@ -291,7 +291,7 @@ class Farm:
         return self._request(calls.motions())
 
     def register(self, kind: Registered, name: str, source: str, **wanted: Any) -> RegistrationView:
-        """Ask for a model from the hub or S3; `wanted` as the API takes it: family, variant, profile."""
+        """Ask for a model from the hub or S3; `wanted` as the API takes it: family, variant, profile, project."""
         return self._request(calls.register(kind, name, source, wanted))
 
     def registration(self, which: RegistrationView | Id) -> RegistrationView:

@@ -105,8 +105,8 @@ def list_batches(
     return Page(items=[batch_view(row) for row in found[:limit]], next_cursor=next_cursor(found, limit))
 
 
-def queue(conn: Connection) -> list[LaneView]:
-    """Every lane with open jobs, deepest first, at most a thousand."""
+def queue(conn: Connection, seen_by: UUID | None = None) -> list[LaneView]:
+    """Every lane with open jobs, deepest first, at most a thousand. Names of models as for `workers`."""
     return [
         LaneView(
             lane=row["lane"],
@@ -117,13 +117,14 @@ def queue(conn: Connection) -> list[LaneView]:
             oldest_age_seconds=None if row["age"] is None else float(row["age"]),
             images_per_second=round(float(row["rate"]), 3),
         )
-        for row in rows.queue(conn)
+        for row in rows.queue(conn, seen_by)
     ]
 
 
-def workers(conn: Connection) -> list[WorkerView]:
-    """Every worker that has not left. What is warm is told by name, or by hash where the name is gone."""
-    names = model_rows.names(conn)
+def workers(conn: Connection, seen_by: UUID | None = None) -> list[WorkerView]:
+    """Every worker that has not left. What is warm is told by name, or by hash where the name is gone or not for the
+    project that looks; None sees all."""
+    names = model_rows.names(conn, seen_by)
     return [
         WorkerView(
             **{

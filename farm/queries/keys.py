@@ -44,6 +44,11 @@ def ensure_project(conn: Connection, new_id: UUID, name: str) -> UUID:
     return found
 
 
+def projects(conn: Connection) -> Sequence[RowMapping]:
+    """Id and name of each project."""
+    return conn.execute(text("SELECT id, name FROM projects ORDER BY name")).mappings().all()
+
+
 def insert(conn: Connection, **key: Any) -> RowMapping:
     """Store a key's digest."""
     return conn.execute(_INSERT, key).mappings().one()

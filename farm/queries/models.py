@@ -8,12 +8,19 @@ from uuid import UUID
 from sqlalchemy import Connection, RowMapping, bindparam, text
 from sqlalchemy.dialects.postgresql import JSONB
 
-_COLUMNS = "name, hash, kind, family, state, bytes, profile, source, created_at"
+SEEN = "(CAST(:seen_by AS uuid) IS NULL OR m.project_id IS NULL OR m.project_id = :seen_by)"
+"""Whether a project may see the model `m`: all share it, or it is its own. Without a project, everything is seen."""
 
-_INSERT = text(f"""
-    INSERT INTO models (name, hash, kind, family, state, bytes, profile, source)
-    VALUES (:name, :hash, :kind, :family, 'available', :bytes, :profile, :source)
-    ON CONFLICT (name) DO NOTHING RETURNING {_COLUMNS}
+_MODEL = """
+    SELECT m.name, m.hash, m.kind, m.family, m.state, m.bytes, m.profile, m.source, m.created_at, m.project_id,
+           p.name AS project
+    FROM models m LEFT JOIN projects p ON p.id = m.project_id
+"""
+
+_INSERT = text("""
+    INSERT INTO models (name, hash, kind, family, state, bytes, profile, source, project_id)
+    VALUES (:name, :hash, :kind, :family, 'available', :bytes, :profile, :source, :project)
+    ON CONFLICT (name) DO NOTHING RETURNING name
 """).bindparams(bindparam("profile", type_=JSONB), bindparam("source", type_=JSONB))
 
 
@@ -50,15 +57,15 @@ def stamp(conn: Connection) -> UUID | None:
 
 
 def available(conn: Connection) -> Sequence[RowMapping]:
-    """Models that jobs may name."""
-    statement = text(f"SELECT {_COLUMNS} FROM models WHERE state = 'available' ORDER BY name")
+    """Models that jobs may name, each with its project if it has one."""
+    statement = text(f"{_MODEL} WHERE m.state = 'available' ORDER BY m.name")
     return conn.execute(statement).mappings().all()
 
 
-def every(conn: Connection, kinds: Iterable[str]) -> Sequence[RowMapping]:
-    """Models of these kinds in any state."""
-    statement = text(f"SELECT {_COLUMNS} FROM models WHERE kind = ANY(:kinds) ORDER BY name")
-    return conn.execute(statement, {"kinds": list(kinds)}).mappings().all()
+def every(conn: Connection, kinds: Iterable[str], seen_by: UUID | None = None) -> Sequence[RowMapping]:
+    """Models of these kinds in any state, as far as a project may see them."""
+    statement = text(f"{_MODEL} WHERE m.kind = ANY(:kinds) AND {SEEN} ORDER BY m.name")
+    return conn.execute(statement, {"kinds": list(kinds), "seen_by": seen_by}).mappings().all()
 
 
 def files(conn: Connection, content_hash: str) -> Sequence[RowMapping]:
@@ -109,8 +116,10 @@ def forget_files(conn: Connection, content_hash: str, keep: timedelta) -> None:
     )
 
 
-def insert(conn: Connection, *, name: str, kind: str, found: Content) -> RowMapping | None:
-    """Give a content a name; None when the name is taken."""
+def insert(
+    conn: Connection, *, name: str, kind: str, found: Content, project_id: UUID | None = None
+) -> RowMapping | None:
+    """Give a content a name, for one project or for all; None when the name is taken."""
     parameters = {
         "name": name,
         "hash": found.hash,
@@ -119,13 +128,15 @@ def insert(conn: Connection, *, name: str, kind: str, found: Content) -> RowMapp
         "bytes": found.bytes,
         "profile": found.profile,
         "source": found.source,
+        "project": project_id,
     }
     return conn.execute(_INSERT, parameters).mappings().one_or_none()
 
 
-def names(conn: Connection) -> dict[str, str]:
-    """The name of each content hash that has one."""
-    found = conn.execute(text("SELECT hash, min(name) AS name FROM models GROUP BY hash"))
+def names(conn: Connection, seen_by: UUID | None = None) -> dict[str, str]:
+    """The name of each content hash that has one, as far as a project may see them."""
+    statement = text(f"SELECT m.hash, min(m.name) AS name FROM models m WHERE {SEEN} GROUP BY m.hash")
+    found = conn.execute(statement, {"seen_by": seen_by})
     return {row.hash: row.name for row in found}
 
 

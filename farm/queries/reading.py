@@ -7,6 +7,8 @@ from uuid import UUID
 from sqlalchemy import Connection, RowMapping, bindparam, text
 from sqlalchemy.dialects.postgresql import JSONB
 
+from farm.queries.models import SEEN
+
 _STATE = "CASE WHEN j.state = 'queued' AND s.cancelling THEN 'cancelled' ELSE j.state END"
 
 _JOB = f"""
@@ -43,7 +45,7 @@ _BATCH = f"""
     FROM batches b CROSS JOIN LATERAL ({_COUNTS}) c
 """
 
-_QUEUE = text("""
+_QUEUE = text(f"""
     WITH open AS (
         SELECT segment_id, sum(queued) AS queued, sum(running) AS running FROM (
             SELECT segment_id, queued, running FROM counters WHERE queued > 0 OR running > 0
@@ -56,7 +58,8 @@ _QUEUE = text("""
            coalesce(sum((SELECT sum(r.succeeded) FROM rates r WHERE r.segment_id = s.id
                          AND r.slot > clock_timestamp() - interval '70 seconds')), 0) / 60.0 AS rate
     FROM open o JOIN segments s ON s.id = o.segment_id
-    LEFT JOIN LATERAL (SELECT name FROM models WHERE hash = s.checkpoint ORDER BY name LIMIT 1) m ON true
+    LEFT JOIN LATERAL (
+        SELECT m.name FROM models m WHERE m.hash = s.checkpoint AND {SEEN} ORDER BY m.name LIMIT 1) m ON true
     WHERE o.queued > 0 OR o.running > 0
     GROUP BY s.lane, s.pool, s.checkpoint ORDER BY depth DESC, s.lane LIMIT 1000
 """)
@@ -149,9 +152,10 @@ def batches(
     return conn.execute(statement, parameters).mappings().all()
 
 
-def queue(conn: Connection) -> Sequence[RowMapping]:
-    """Depth, running, oldest age and rate of each lane with open jobs, deepest first."""
-    return conn.execute(_QUEUE).mappings().all()
+def queue(conn: Connection, seen_by: UUID | None = None) -> Sequence[RowMapping]:
+    """Depth, running, oldest age and rate of each lane with open jobs, deepest first; its checkpoint by a name that the
+    project may see, else by hash."""
+    return conn.execute(_QUEUE, {"seen_by": seen_by}).mappings().all()
 
 
 def finished(

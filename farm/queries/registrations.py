@@ -10,12 +10,14 @@ from sqlalchemy.dialects.postgresql import JSONB
 
 _COLUMNS = (
     "id, name, kind, source, wanted, pool, state, reason, notes, raw, fresh, hash, family, bytes, total_bytes, attempt,"
-    " failures, crashes, worker_id, created_at, finished_at"
+    " failures, crashes, worker_id, created_at, finished_at, project_id,"
+    " (SELECT p.name FROM projects p WHERE p.id = registrations.project_id) AS project"
 )
 
 _INSERT = text(f"""
-    INSERT INTO registrations (id, name, kind, source, wanted, pool, state, raw, fresh, worker_id, attempt, lease_until)
-    VALUES (:id, :name, :kind, :source, :wanted, :pool, 'waiting', :raw, :fresh, CAST(:worker AS uuid),
+    INSERT INTO registrations (id, name, kind, source, wanted, pool, project_id, state, raw, fresh, worker_id, attempt,
+        lease_until)
+    VALUES (:id, :name, :kind, :source, :wanted, :pool, :project, 'waiting', :raw, :fresh, CAST(:worker AS uuid),
         CASE WHEN CAST(:worker AS uuid) IS NULL THEN 0 ELSE 1 END, clock_timestamp() + CAST(:lease AS interval))
     ON CONFLICT (name) WHERE finished_at IS NULL DO NOTHING RETURNING {_COLUMNS}
 """).bindparams(bindparam("wanted", type_=JSONB))
@@ -49,6 +51,7 @@ def insert(
     fresh: Sequence[str],
     worker: UUID | None,
     lease: timedelta | None,
+    project_id: UUID | None,
 ) -> RowMapping | None:
     """Ask for a model, held by `worker` where its files are still to be uploaded.
 
@@ -56,7 +59,7 @@ def insert(
     """
     parameters = {
         "id": registration, "name": name, "kind": kind, "source": source, "wanted": dict(wanted), "pool": pool,
-        "raw": raw, "fresh": list(fresh), "worker": worker, "lease": lease,
+        "raw": raw, "fresh": list(fresh), "worker": worker, "lease": lease, "project": project_id,
     }  # fmt: skip
     return conn.execute(_INSERT, parameters).mappings().one_or_none()
 

@@ -2,6 +2,7 @@
 
 import io
 import re
+from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 from uuid import UUID, uuid4
@@ -10,12 +11,16 @@ import httpx
 import orjson
 import pytest
 from PIL import Image
+from sqlalchemy import text
 
+from farm import catalogue, jobs, keys
+from farm.modelfiles import FoundModel
 from farm.objects import image_key
-from tests.api.conftest import HEALTH, PROMPT, Api, made_up, operations, problem_of
+from tests.api.conftest import HEALTH, PROFILE, PROMPT, Api, made_up, operations, problem_of
 
 FARM_WIDE = {"/version", "/workers", "/queue", "/checkpoints", "/adapters", "/vaes", "/controlnets", "/motions"}
 """Read by everybody: what can be named and how long queues are, by lane, without a word of whose they are."""
+MODELS = ("/checkpoints", "/adapters", "/vaes", "/controlnets", "/motions")
 ADMIN = re.compile(r"/(keys|projects|registrations)\b")
 NAME = re.compile(r"\b\w+_(?:id|hash)\b")
 JSON = {"Content-Type": "application/json"}
@@ -36,12 +41,14 @@ class Tenants:
         api.http.post(f"/webhooks/{self.webhook['id']}/ping")
         picture = io.BytesIO()
         Image.new("RGB", (8, 8), "red").save(picture, "PNG")
-        sent = api.http.post("/uploads", content=picture.getvalue(), headers={"Content-Type": "image/png"})
+        self.picture = picture.getvalue()
+        sent = api.http.post("/uploads", content=self.picture, headers={"Content-Type": "image/png"})
+        self.uploaded = sent.json()["hash"]
         self.ids = {
             "job_id": self.job,
             "batch_id": self.batch["id"],
             "webhook_id": self.webhook["id"],
-            "upload_hash": sent.json()["hash"],
+            "upload_hash": self.uploaded,
         }
         self.secrets = [*self.ids.values(), PROMPT, self.webhook["url"], "mine"]
         key = api.new_key("jobs:read", "jobs:submit", "jobs:manage", project="strangers")
@@ -58,6 +65,50 @@ class Tenants:
             batch.pop("images_per_second")
             batch.pop("eta_seconds")
         return documents
+
+
+OURS = (
+    ("ours-base", "1", "checkpoint", "crack-tiny", PROFILE),
+    ("ours-fast", "2", "acceleration", "sdxl", {}),
+    ("ours-moss", "3", "style", "crack-tiny", {}),
+    ("ours-taesd", "4", "vae", "crack-tiny", {"tiny": True}),
+    ("ours-edges", "5", "controlnet", "crack-tiny", {}),
+    ("ours-wind", "6", "motion", "crack-tiny", {"max_frames": 8}),
+)
+"""Models of the first project: name, digit of the hash, kind, family, profile."""
+HASHES = {name: mark * 64 for name, mark, *_ in OURS}
+
+
+@pytest.fixture
+def ours(tenants: "Tenants") -> Iterator[Callable[[], None]]:
+    """Gives the first project one model of each kind. `big` has no LCM-LoRA but its."""
+    database = tenants.api.database
+
+    def give() -> None:
+        with database.transaction() as conn:
+            owner = keys.project_named(conn, "cracks")
+            for name, mark, kind, family, profile in OURS:
+                found = FoundModel(hash=mark * 64, family=family, bytes=1, files=(), profile=profile, source={})
+                catalogue.publish(conn, name=name, kind=kind, found=found, project_id=owner)
+
+    yield give
+    with database.transaction() as conn:
+        conn.execute(text("DELETE FROM models WHERE project_id IS NOT NULL"))
+
+
+def naming(tenants: "Tenants") -> list[dict[str, Any]]:
+    """A job for each way of getting one of these models: by its name, and without."""
+    edges = {"name": "ours-edges", "image": tenants.uploaded, "weight": 1}
+    wanted: tuple[dict[str, Any], ...] = (
+        {"checkpoint": "ours-base"},
+        {"checkpoint": "big"},
+        {"adapters": [{"name": "ours-moss"}]},
+        {"vae": "ours-taesd"},
+        {"vae": "tiny"},
+        {"controls": [edges]},
+        {"motion": "ours-wind", "frames": 4},
+    )
+    return [{"prompt": PROMPT, "width": 128, "height": 128, **one} for one in wanted]
 
 
 @pytest.fixture
@@ -101,6 +152,56 @@ def test_lists_and_farm_wide_routes_tell_nothing_of_others(tenants: Tenants) -> 
         assert tenants.stranger.get(f"/jobs?{query}").json()["items"] == []
     assert tenants.stranger.get("/project").json()["use"]["queued_jobs"] == 0
     assert tenants.stranger.get("/project").json()["name"] == "strangers"
+
+
+def test_models_of_another_project_do_not_exist(tenants: Tenants, ours: Callable[[], None]) -> None:
+    stranger, rehearse = tenants.stranger, "/jobs?dry_run=true"
+    picture = stranger.post("/uploads", content=tenants.picture, headers={"Content-Type": "image/png"}).json()
+    assert picture["hash"] == tenants.uploaded, "what is refused is refused for the model"
+
+    def told() -> list[Any]:
+        """All that a stranger gets to hear."""
+        answers = [stranger.post(rehearse, json=job) for job in naming(tenants)]
+        answers.append(
+            stranger.post("/batches", json={"defaults": {"checkpoint": "ours-bas"}, "jobs": [{"prompt": "x"}]})
+        )
+        answers.append(stranger.post("/jobs", json={"prompt": "x", "adapters": [{"name": "ours-mos"}]}))
+        assert [answer.status_code for answer in answers] == [422] * len(answers)
+        return [*(answer.json()["problems"] for answer in answers), *(stranger.get(path).json() for path in MODELS)]
+
+    before = told()
+    ours()
+    assert told() == before
+    admin = tenants.api.client(tenants.api.new_key(project="farm"))
+    mate = tenants.api.client(tenants.api.new_key("jobs:read", "jobs:submit"))
+    with admin, mate:
+        for job in naming(tenants):
+            assert mate.post(rehearse, json=job).status_code == 200, job
+            # It sees them all, but its jobs are jobs of its project.
+            assert admin.post(rehearse, json=job).status_code == 422, job
+        for reader in (admin, mate):
+            seen = {one["name"]: one["project"] for path in MODELS for one in reader.get(path).json()["items"]}
+            assert {name for name, project in seen.items() if project == "cracks"} == set(HASHES)
+            assert seen["moss"] is None
+
+
+def test_workers_and_lanes_do_not_tell_names_of_others_models(tenants: Tenants, ours: Callable[[], None]) -> None:
+    ours()
+    job, worker = {"prompt": PROMPT, "checkpoint": "ours-base", "acceleration": "none"}, uuid4()
+    assert tenants.api.http.post("/jobs", json=job).status_code == 201
+    base, use = HASHES["ours-base"], [{"hash": HASHES["ours-moss"], "weight": 1.0}]
+    warm = {"checkpoint": base, "adapters": use, "slots": use, "bytes": 1}
+    warm |= {"controlnets": [{"hash": HASHES["ours-edges"]}], "motions": [{"hash": HASHES["ours-wind"]}]}
+    rest = {"of": "checkpoint", "hash": base, "checkpoint": base, "failures": 3, "code": "x", "seconds": 9.0}
+    with tenants.api.database.transaction() as conn:
+        jobs.hello(conn, worker=worker, pool="default", host="here", pid=1, device="cpu", version="1")
+        waiting = {"waiting": [{"checkpoint": base, "bytes": 1}]}
+        jobs.tell(conn, worker=worker, state="idle", warm=[warm], cache=waiting, resting=[rest])
+    for path, names in (("/queue", {"ours-base"}), ("/workers", set(HASHES) - {"ours-fast", "ours-taesd"})):
+        mine, theirs = tenants.api.http.get(path).text, tenants.stranger.get(path).text
+        assert {name for name in HASHES if name in mine} == names
+        assert "ours-" not in theirs
+        assert base in theirs
 
 
 def test_only_admins_see_across_projects(tenants: Tenants) -> None:

@@ -33,6 +33,7 @@ def test_a_model_is_asked_for_and_followed(api: Api, route: str, body: dict[str,
     assert answer.headers["location"] == f"/api/v1/registrations/{made['id']}"
     assert api.http.get(f"/registrations/{made['id']}").json() == made
     assert [one["id"] for one in api.http.get("/registrations").json()["items"]] == [made["id"]]
+    assert made["project"] is None
     problem_of(api.http.post(route, json={"name": "new", "source": SOURCE}), 409, "conflict")
     ended = api.http.post(f"/registrations/{made['id']}/cancel").json()
     assert (ended["state"], ended["reason"]) == ("refused", "cancelled")
@@ -52,6 +53,8 @@ def test_a_model_is_asked_for_and_followed(api: Api, route: str, body: dict[str,
         ({"profile": {"steps": 0}}, "profile.steps", "greater than"),
         ({"profile": {"colour": "red"}}, "profile.colour", "unknown field"),
         ({"variant": "../x"}, "variant", "pattern"),
+        ({"project": "cracsk"}, "project", "there is no project named cracsk; did you mean cracks?"),
+        ({"project": "../x"}, "project", "pattern"),
     ],
 )
 def test_what_is_wrong_at_once(api: Api, body: dict[str, Any], field: str, words: str) -> None:
@@ -95,7 +98,10 @@ def test_only_admins_register(api: Api) -> None:
 
 
 def test_vaes_are_listed_and_named_by_jobs(api: Api) -> None:
-    answer = api.http.post("/vaes", json={"name": "small", "source": SOURCE, "family": "crack-tiny"})
+    answer = api.http.post(
+        "/vaes", json={"name": "small", "source": SOURCE, "family": "crack-tiny", "project": "cracks"}
+    )
+    assert answer.json()["project"] == "cracks"
     found = FoundModel("9" * 64, "crack-tiny", 5, (), {"tiny": True}, {"source": SOURCE, "revision": COMMIT})
     with api.database.transaction() as conn:
         claim = registrations.claim(conn, worker=new_id(), settings=api.settings)
@@ -105,6 +111,9 @@ def test_vaes_are_listed_and_named_by_jobs(api: Api) -> None:
     try:
         (view,) = api.http.get("/vaes").json()["items"]
         assert (view["name"], view["tiny"], view["source"]["revision"]) == ("small", True, COMMIT)
+        assert (view["project"], "project_id" in view) == ("cracks", False)
+        with api.client(api.new_key("jobs:read", project="strangers")) as stranger:
+            assert stranger.get("/vaes").json()["items"] == []
         for wanted, expected in (("tiny", "small"), ("small", "small"), ("own", None)):
             job = api.http.post("/jobs", json={"prompt": "a crack", "vae": wanted}).json()
             assert job["vae"] == expected

@@ -226,10 +226,14 @@ def test_models_and_keys_and_migrate_work_on_the_servers_themselves(farm: Farm) 
         "crack-tiny-night": "style",
     }
     assets = Path(__file__).parents[2] / "farm" / "assets" / "crack-tiny"
-    added = farm("models", "add", "twin", assets / "lcm-lora.safetensors", "--json")
+    stray = farm("models", "add", "twin", assets / "lcm-lora.safetensors", "--project", "defualt")
+    assert stray.exit_code == Exit.USAGE, stray.output
+    assert "did you mean default?" in stray.stderr
+    added = farm("models", "add", "twin", assets / "lcm-lora.safetensors", "--project", "default", "--json")
     assert added.exit_code == 0, added.output
     told = orjson.loads(added.stdout)
     assert (told["state"], told["family"], told["kind"]) == ("available", "crack-tiny", "style")
+    assert told["project"] == "default"
     rendered = farm("render", "A crack", "--adapter", "twin:-0.2", "--out", "twin.png", "--json")
     assert rendered.exit_code == 0, rendered.output
     with Image.open(orjson.loads(rendered.stdout)["path"]) as picture:

@@ -1,5 +1,6 @@
 """Looking at what the farm has and changing it, and the exit codes of it all."""
 
+import re
 from pathlib import Path
 from uuid import uuid4
 
@@ -213,7 +214,7 @@ def test_models_are_listed(run: Run, fake: FakeFarm) -> None:
     fake.on("GET", f"{API}/vaes", page(model | {"name": "taesd", "tiny": True}))
     fake.on("GET", f"{API}/controlnets", page())
     fake.on("GET", f"{API}/motions", page(model | {"name": "wind", "max_frames": 32}))
-    fake.on("GET", f"{API}/adapters", page(model | {"name": "lcm", "kind": "acceleration"}))
+    fake.on("GET", f"{API}/adapters", page(model | {"name": "lcm", "kind": "acceleration", "project": "walls"}))
     lines = [orjson.loads(line) for line in run("models", "list", "--json").stdout.splitlines()]
     assert [(line["name"], line["kind"]) for line in lines] == [
         ("crack-tiny", "checkpoint"),
@@ -221,6 +222,8 @@ def test_models_are_listed(run: Run, fake: FakeFarm) -> None:
         ("wind", "motion"),
         ("lcm", "acceleration"),
     ]
+    assert [line["project"] for line in lines] == [None, None, None, "walls"]
+    assert re.search(r"lcm +acceleration +crack-tiny +available +walls ", run("models", "list").stdout)
 
 
 def test_a_model_from_the_hub_is_asked_for_and_followed(run: Run, fake: FakeFarm) -> None:
@@ -239,7 +242,7 @@ def test_a_model_from_the_hub_is_asked_for_and_followed(run: Run, fake: FakeFarm
     fake.on("GET", place, Reply(body=begun | {"state": "fetching", "bytes": 5, "total_bytes": 10}))
     fake.on("GET", place, Reply(body=over | {"state": "available", "family": "sdxl", "notes": ["a note"]}))
     wanted = ("--kind", "checkpoint", "--variant", "fp16", "--profile", "steps=6", "--profile", "vae=tiny")
-    added = run("models", "add", "big", source, *wanted)
+    added = run("models", "add", "big", source, *wanted, "--project", "walls")
     assert added.exit_code == 0, added.output
     assert "checkpoint big (sdxl" in added.stdout
     assert "a note" in added.stderr
@@ -249,6 +252,7 @@ def test_a_model_from_the_hub_is_asked_for_and_followed(run: Run, fake: FakeFarm
         "source": source,
         "variant": "fp16",
         "profile": {"steps": 6, "vae": "tiny"},
+        "project": "walls",
     }
     other = {"id": "0190a0a0-0000-7000-8000-000000000003", "name": "rust", "kind": "style"}
     fake.on("POST", f"{API}/adapters", Reply(202, begun | other))

@@ -4,12 +4,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from uuid import UUID
 
 import pytest
 
 from farm.catalogue import Kept
 from farm.db import Database
+from farm.ids import new_id
 from farm.modelfiles import FoundModel
+from farm.queries import keys
 from farm.queries import models as rows
 from farm.settings import Settings
 from farm.storage import Store
@@ -32,19 +35,20 @@ class Reader:
     def __init__(self, settings: Settings, store: Store) -> None:
         self.database = Database(settings, pool_size=1)
         self.kept = Kept(store)
+        self.project = new_id()
 
-    def adapters(self) -> list[str]:
+    def adapters(self, project: UUID | None = None) -> list[str]:
         with self.database.transaction() as conn:
-            return sorted(self.kept.load(conn).adapters)
+            return sorted(self.kept.load(conn, project or self.project).adapters)
 
-    def add(self, name: str, mark: str = "a") -> None:
+    def add(self, name: str, mark: str = "a", project: UUID | None = None) -> None:
         with self.database.transaction() as conn:
             found = FoundModel(hash=mark * 64, family="crack-tiny", bytes=1, files=(), profile={}, source={})
-            rows.insert(conn, name=name, kind="style", found=found)
+            rows.insert(conn, name=name, kind="style", found=found, project_id=project)
 
     def hash_of(self, name: str) -> str:
         with self.database.transaction() as conn:
-            return self.kept.load(conn).adapters[name].hash
+            return self.kept.load(conn, self.project).adapters[name].hash
 
 
 @pytest.fixture
@@ -85,6 +89,18 @@ def test_a_name_that_changes_hands_is_noticed(two: tuple[Reader, Reader]) -> Non
     assert other.adapters() == []
 
 
+def test_each_project_gets_what_all_share_and_its_own(two: tuple[Reader, Reader]) -> None:
+    one, other = two
+    with one.database.transaction() as conn:
+        ours, theirs = (keys.ensure_project(conn, new_id(), name) for name in ("ours", "theirs"))
+    one.add("moss")
+    one.add("rust", "b", ours)
+    other.add("night", "c", theirs)
+    assert one.adapters(ours) == ["moss", "rust"]
+    assert one.adapters(theirs) == ["moss", "night"]
+    assert other.adapters(new_id()) == ["moss"]
+
+
 def test_what_is_not_committed_is_not_seen(two: tuple[Reader, Reader]) -> None:
     one, other = two
     other.adapters()
@@ -92,7 +108,7 @@ def test_what_is_not_committed_is_not_seen(two: tuple[Reader, Reader]) -> None:
     with one.database.engine.connect() as conn:
         found = FoundModel(hash="a" * 64, family="crack-tiny", bytes=1, files=(), profile={}, source={})
         rows.insert(conn, name="moss", kind="style", found=found)
-        assert sorted(one.kept.load(conn).adapters) == ["moss"]
+        assert sorted(one.kept.load(conn, one.project).adapters) == ["moss"]
         assert other.adapters() == []
         conn.rollback()
     assert one.adapters() == other.adapters() == []
@@ -108,6 +124,7 @@ def test_nothing_is_read_twice(two: tuple[Reader, Reader], monkeypatch: pytest.M
 
     monkeypatch.setattr(rows, "available", available)
     assert one.adapters() == ["moss"]
+    assert one.adapters(new_id()) == ["moss"], "nor for another project"
     other.add("night")
     with pytest.raises(AssertionError):
         one.adapters()
