@@ -2,7 +2,8 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from threading import Event, Thread
 
 from redis import Redis
@@ -28,13 +29,38 @@ def repeat_doorbells(chaos: Chaos, *, jobs: int, silence: float) -> None:
         heard = chaos.figures.counts.get("doorbells repeated", 0)
         if not heard:
             chaos.fail("no doorbell was seen: the row tried nothing")
-        with _while_running(lambda: redis.delete(queue)):
+        with _silence(chaos, redis, queue):
             end = time.monotonic() + silence
             for some in spread(jobs - jobs // 2, 10):
                 chaos.client.submit(some)
                 time.sleep(silence / 20)
             chaos.until_done(60 + jobs * 0.1)
             time.sleep(max(0.0, end - time.monotonic()))
+
+
+@contextmanager
+def _silence(chaos: Chaos, redis: "Redis", queue: str) -> Iterator[None]:
+    """Nobody may put anything into a list of the broker while the block runs. Emptying the queue would not do: a worker
+    that waits there gets a message in the moment in which it comes."""
+    redis.execute_command("ACL", "SETUSER", "default", "-lpush")
+    try:
+        redis.delete(queue)
+        heard, refused = _pushes(redis)
+        yield
+        heard_since, refused_since = (now - then for now, then in zip(_pushes(redis), (heard, refused), strict=True))
+    finally:
+        redis.execute_command("ACL", "SETUSER", "default", "+lpush")
+    chaos.figures.add("doorbells silenced", refused_since)
+    if heard_since:
+        chaos.fail(f"{heard_since} doorbells were heard in the silence")
+    if not refused_since:
+        chaos.fail("nobody rang a doorbell in the silence: the row tried nothing")
+
+
+def _pushes(redis: "Redis") -> tuple[int, int]:
+    """How often something was put into a list, and how often that was refused, since the broker started."""
+    done = redis.info("commandstats").get("cmdstat_lpush", {})
+    return int(done.get("calls", 0)), int(done.get("rejected_calls", 0))
 
 
 def _repeat(chaos: Chaos, redis: "Redis", queue: str) -> None:
