@@ -22,7 +22,7 @@ from farm.stack import Servers
 from farm.stack.ports import LOOPBACK, answers, free_port
 from farm.storage import Store
 from tests.api.conftest import add_models
-from tests.chaos import audit, hooks, invariants, secrets
+from tests.chaos import audit, hooks, invariants, listening, secrets
 from tests.chaos.client import Client
 from tests.chaos.faults import Faults, on_last_try
 from tests.chaos.history import History
@@ -128,6 +128,8 @@ class Chaos:
         told = {"the API key": str(made.key), "the webhook's secret": str(self.webhook.secret)}
         self.secrets = secrets.of(self.settings, **told)
         self.client = Client(url, str(made.key), self.history, self.secrets)
+        self.listener = listening.Listener(self.settings, self.secrets)
+        self._opened.callback(self.listener.close)
         for name, run in (("keeper", self._keep), ("watcher", self._watch)):
             thread = threading.Thread(target=self._stand_by, args=[name, run], name=name, daemon=True)
             thread.start()
@@ -348,7 +350,7 @@ class Chaos:
             found += invariants.at_the_end(conn, self.settings, accepted=self.client.accepted, poison=self.poison)
             found += hooks.check(conn, self.inspector, self.receiver.seen)
         found += invariants.check_pictures(self.database, self.store, pictures=self.pictures, secrets=self.secrets)
-        found += [*secrets.in_files(self.folder, self.secrets), *self.client.leaks]
+        found += [*self.client.leaks, *self._leaks()]
         with self.database.transaction() as conn:
             known = {violation.what for violation in self.violations}
             self.violations += [violation for violation in found if violation.what not in known]
@@ -358,6 +360,16 @@ class Chaos:
         if self.stalls.seconds:
             self.figures.add("machine stood still s", self.stalls.seconds)
         self._judge_recovery()
+
+    def _leaks(self) -> list[Violation]:
+        """Canaries where nobody may find one: logs, the servers' too, messages to webhooks, and the broker."""
+        self.figures.add("broker messages heard", self.listener.heard)
+        return [
+            *secrets.in_files(self.folder, self.servers, self.secrets),
+            *hooks.leaks(self.receiver.seen, self.secrets),
+            *self.listener.leaks,
+            *listening.in_keys(self.settings, self.secrets),
+        ]
 
     def _judge_recovery(self) -> None:
         """A machine that stood still excuses the recovery in which it did, and no other."""
