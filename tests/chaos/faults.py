@@ -14,6 +14,7 @@ from threading import Lock, Thread
 from typing import Any
 from uuid import UUID
 
+from celery import Celery
 from sqlalchemy import Connection, text
 
 from farm import courier, doorbell, jobs
@@ -71,6 +72,8 @@ class Faults:
     """Seconds by which the process's wall clock is ahead."""
     nameless: Path | None = None
     """While this file exists no host name is resolved."""
+    rings: int = 1
+    """How often every doorbell that this process rings is rung."""
     filled: Path | None = None
     """While this file exists the process has as many files open as it may."""
 
@@ -91,6 +94,8 @@ def arm(faults: Faults) -> None:
         set_wrong(faults.clock)
     if faults.nameless is not None:
         _no_names(faults.nameless)
+    if faults.rings > 1:
+        _ring_again(faults.rings)
     if faults.filled is not None:
         Thread(target=_no_files, args=[faults.filled], name="filler", daemon=True).start()
 
@@ -220,6 +225,15 @@ def _no_names(flag: Path) -> None:
         return resolve(host, *args, **kwargs)
 
     socket.getaddrinfo = resolved
+
+
+def _ring_again(times: int) -> None:
+    send = Celery.send_task
+
+    def sent(*args: Any, **kwargs: Any) -> Any:
+        return [send(*args, **kwargs) for _ in range(times)][-1]
+
+    Celery.send_task = sent
 
 
 def _no_files(flag: Path) -> None:
