@@ -3,18 +3,21 @@
     python -m benchmarks.chaos [--row R1]... [--size ci|large|short] [--seed N] [--parallel N] [--set name=value]...
 
 Servers lie below a temporary folder, on loopback, and everything that was started is ended. Logs, history (NDJSON) and
-report of each row are kept in benchmarks/out/chaos/SIZE-SEED/ROW; a row can be run again alone. Ends with
-status 1 if anything promised did not hold. docs/chaos.md says what the rows do and how to read a history.
+report of each row are kept in benchmarks/out/chaos/SIZE-SEED/ROW, earlier runs beside it as ROW.1 to ROW.5; a row can
+be run again alone. Ends with status 1 if anything promised did not hold. docs/chaos.md says what the rows do and how to
+read a history.
 """
 
 import argparse
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,8 @@ from tests.chaos.suite import Row, Size, run_row
 
 OUT = Path(__file__).parent / "out" / "chaos"
 REPORT = "report.json"
+KEPT = 5
+"""Earlier runs of a row with the same size and seed that are kept."""
 
 
 def in_turn(names: list[str], size: Size, seed: int, changes: dict[str, Any]) -> int:
@@ -46,8 +51,7 @@ def in_turn(names: list[str], size: Size, seed: int, changes: dict[str, Any]) ->
 
 def one(name: str, row: Row, servers: Servers, size: Size, seed: int) -> int:
     folder = folder_of(name, size, seed)
-    for old in sorted(folder.rglob("*"), reverse=True):
-        old.rmdir() if old.is_dir() else old.unlink()
+    set_aside(folder)
     report = run_row(name, row, servers, folder, size=size, seed=seed)
     print(line(orjson.loads((folder / REPORT).read_bytes())), flush=True)
     for violation in report.violations[:20]:
@@ -59,11 +63,25 @@ def folder_of(name: str, size: Size, seed: int) -> Path:
     return OUT / f"{size}-{seed}" / name
 
 
+def set_aside(folder: Path) -> None:
+    """Keep an earlier run of the same seed as FOLDER.1, the one before it as FOLDER.2, and so on, the last five."""
+    if not folder.exists():
+        return
+    places = [folder, *(folder.with_name(f"{folder.name}.{n}") for n in range(1, KEPT + 1))]
+    shutil.rmtree(places[-1], ignore_errors=True)
+    for newer, older in reversed(list(pairwise(places))):
+        if newer.exists():
+            newer.rename(older)
+
+
 def line(report: dict[str, Any]) -> str:
     recovery = "-" if report["recovery"] is None else f"{report['recovery']:.2f} of {report['bound']:.0f}"
+    said = dict(report["said"])
+    recovery += f", {said.pop('recovery')}" if "recovery" in said else ""
     counts = " ".join(f"{name}={value:g}" for name, value in report["counts"].items())
+    words = "".join(f"{name}: {what}; " for name, what in said.items())
     verdict = f"{len(report['violations'])} violations" if report["violations"] else "holds"
-    return f"{report['row']:14} {report['jobs']:7,} {recovery:>13} {report['seconds']:7.1f}  {verdict}  {counts}"
+    return f"{report['row']:14} {report['jobs']:7,} {report['seconds']:7.1f}  {recovery:30}  {verdict}  {words}{counts}"
 
 
 def dealt(names: list[str], hands: int) -> list[list[str]]:
@@ -84,7 +102,8 @@ def several(names: list[str], options: argparse.Namespace) -> int:
         return subprocess.run(command, env=os.environ, check=False).returncode
 
     for name in names:
-        (folder_of(name, options.size, options.seed) / REPORT).unlink(missing_ok=True)
+        # Here and not in the other process: one that never began must not be taken for a run that held.
+        set_aside(folder_of(name, options.size, options.seed))
     with ThreadPoolExecutor(options.parallel) as threads:
         statuses = list(threads.map(run, dealt(names, options.parallel)))
     failed = [name for name in names if not held(folder_of(name, options.size, options.seed) / REPORT)]
@@ -116,7 +135,7 @@ def main() -> int:
     began = time.monotonic()
     if not options.quiet:
         print(f"size {options.size}, seed {options.seed}, {os.cpu_count()} cores; kept in {OUT}")
-        print(f"{'row':14} {'jobs':>7} {'recovery (s)':>13} {'seconds':>7}  verdict  counts", flush=True)
+        print(f"{'row':14} {'jobs':>7} {'seconds':>7}  {'recovery (s)':30}  verdict  counts", flush=True)
     if changes and len(names) > 1:
         parser.error("--set changes the size of one row: name it with --row")
     if options.parallel == 1 or len(names) == 1:

@@ -1,17 +1,20 @@
 """What goes wrong inside a process of a run: armed in that process only, before it becomes part of the farm."""
 
+import errno
 import os
 import resource
 import signal
 import socket
+import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
+from threading import Lock, Thread
 from typing import Any
 from uuid import UUID
 
+from celery import Celery
 from sqlalchemy import Connection, text
 
 from farm import courier, doorbell, jobs
@@ -38,6 +41,9 @@ _LAST_TRY = text("""
         JOIN claims c ON c.id = a.claim_id
         WHERE j.state = 'running' AND j.alone AND j.crashes >= :last AND (j.id = ANY(:ids) OR c.worker_id = :worker))
 """)
+
+UNRESOLVED = "a name was not resolved"
+FILES_GONE = "no file can be opened"
 
 SAFETY = ("fence", "heartbeat", "patience")
 """What the self-test can switch off inside a process: the fence of a finish, the renewal of leases, and the rescuer's
@@ -66,6 +72,10 @@ class Faults:
     """Seconds by which the process's wall clock is ahead."""
     nameless: Path | None = None
     """While this file exists no host name is resolved."""
+    rings: int = 1
+    """How often every doorbell that this process rings is rung."""
+    filled: Path | None = None
+    """While this file exists the process has as many files open as it may."""
 
 
 def arm(faults: Faults) -> None:
@@ -84,6 +94,16 @@ def arm(faults: Faults) -> None:
         set_wrong(faults.clock)
     if faults.nameless is not None:
         _no_names(faults.nameless)
+    if faults.rings > 1:
+        _ring_again(faults.rings)
+    if faults.filled is not None:
+        Thread(target=_no_files, args=[faults.filled], name="filler", daemon=True).start()
+
+
+def tell(words: str) -> None:
+    """Say in the process's log what a fault did, for the run to see that it bit."""
+    with suppress(OSError):
+        os.write(2, f"fault: {words}\n".encode())
 
 
 def on_last_try(conn: Connection, *, worker: UUID | None = None, ids: Collection[UUID] = ()) -> bool:
@@ -200,7 +220,36 @@ def _no_names(flag: Path) -> None:
             socket.inet_aton(host)
             numeric = True
         if flag.exists() and not numeric:
+            tell(UNRESOLVED)
             raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
         return resolve(host, *args, **kwargs)
 
     socket.getaddrinfo = resolved
+
+
+def _ring_again(times: int) -> None:
+    send = Celery.send_task
+
+    def sent(*args: Any, **kwargs: Any) -> Any:
+        return [send(*args, **kwargs) for _ in range(times)][-1]
+
+    Celery.send_task = sent
+
+
+def _no_files(flag: Path) -> None:
+    taken: list[int] = []
+    told = False
+    while True:
+        # What the process closes meanwhile is taken too.
+        try:
+            while flag.exists():
+                taken.append(os.open("/dev/null", os.O_RDONLY))
+        except OSError as error:
+            if error.errno == errno.EMFILE and not told:
+                tell(FILES_GONE)
+                told = True
+        if not flag.exists():
+            told = False
+            while taken:
+                os.close(taken.pop())
+        time.sleep(0.05)

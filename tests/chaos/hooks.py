@@ -1,7 +1,7 @@
 """What a project's webhook heard of a run, against what it should have heard."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import Connection, text
@@ -9,6 +9,7 @@ from standardwebhooks import Webhook, WebhookVerificationError
 
 from farm.webhooks import message_id
 from tests.chaos.invariants import Violation
+from tests.chaos.secrets import named_in
 from tests.farm.receivers import Received
 
 _TOLD = text("SELECT id, batch_id, delivered_at, last_error FROM webhook_deliveries")
@@ -56,3 +57,12 @@ def check(conn: Connection, inspector: Inspector, heard: Sequence[Received]) -> 
     found += [Violation("I6", f"message {name} arrived and nobody sent it") for name in bodies.keys() - told.keys()]
     found += [Violation("I6", f"message {name} came in other words") for name, said in bodies.items() if len(said) > 1]
     return found
+
+
+def leaks(heard: Sequence[Received], secrets: Mapping[str, str]) -> list[Violation]:
+    """Secrets that a webhook's receiver was told. Its signature is made with one, and holds none."""
+    found = set()
+    for one in heard:
+        headers = [f"{name}: {value}" for name, value in one.headers.items() if name != "webhook-signature"]
+        found |= set(named_in("\n".join([one.path, *headers]).encode() + one.body, secrets))
+    return [Violation("secret", f"{name} was told to a webhook") for name in sorted(found)]

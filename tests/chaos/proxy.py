@@ -7,7 +7,6 @@ import random
 import sys
 import threading
 import time
-from contextlib import suppress
 from http.client import HTTPConnection, HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal, Self
@@ -34,16 +33,21 @@ class _Server(ThreadingHTTPServer):
 
 
 class Proxy:
-    """Listens on loopback until the block ends. `trouble` befalls that `share` of the requests."""
+    """Listens on loopback until the block ends. `cause` says what befalls requests from then on."""
 
     def __init__(self, upstream: str, seed: int) -> None:
         place = urlsplit(upstream)
         self.upstream = (place.hostname or "", place.port or 80)
-        self.trouble: Trouble = ""
-        self.share = 1.0
         self.delay = 0.0
         """Seconds that a slow request waits before it is passed on."""
         self.spoilt = 0
+        self.bitten = 0
+        """Requests spoilt by the present trouble, or the latest."""
+        self.unanswered = 0
+        """Requests to which S3 itself said nothing."""
+        self._trouble: Trouble = ""
+        self._share = 1.0
+        self._lock = threading.Lock()
         self.random = random.Random(seed)
         self._server = _Server(("127.0.0.1", 0), _handler(self))
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
@@ -56,11 +60,30 @@ class Proxy:
         self._server.shutdown()
         self._server.server_close()
 
+    def cause(self, trouble: Trouble, share: float = 1.0) -> None:
+        """From now on this befalls that share of the requests, the next one among them."""
+        with self._lock:
+            self._trouble, self._share, self.bitten = trouble, share, 0
+
+    def relent(self) -> None:
+        """From now on nothing befalls requests."""
+        with self._lock:
+            self._trouble = ""
+
     def draw(self) -> Trouble:
         """What befalls the request that is just being read."""
-        trouble = self.trouble if self.random.random() < self.share else ""
-        self.spoilt += bool(trouble)
-        return trouble
+        with self._lock:
+            # The first one always, or a small share might befall nobody.
+            if not self._trouble or (self.random.random() >= self._share and self.bitten):
+                return ""
+            self.spoilt += 1
+            self.bitten += 1
+            return self._trouble
+
+    def note_silence(self) -> None:
+        """S3 is not there."""
+        with self._lock:
+            self.unanswered += 1
 
 
 def _handler(proxy: Proxy) -> type[BaseHTTPRequestHandler]:
@@ -75,10 +98,10 @@ def _handler(proxy: Proxy) -> type[BaseHTTPRequestHandler]:
                 return
             if trouble == "slow":
                 time.sleep(proxy.delay)
-            with suppress(OSError, HTTPException):
+            try:
                 self._pass_on(body, cut=trouble == "cut")
-                return
-            self.close_connection = True
+            except (OSError, HTTPException):
+                self.close_connection = True
 
         do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = handle_any  # noqa: N815
 
@@ -96,6 +119,9 @@ def _handler(proxy: Proxy) -> type[BaseHTTPRequestHandler]:
                 connection.send(body)
                 answer = connection.getresponse()
                 data = answer.read()
+            except (OSError, HTTPException):
+                proxy.note_silence()
+                raise
             finally:
                 connection.close()
             self.send_response_only(answer.status)

@@ -52,10 +52,30 @@ class Figures:
     """What a row counted, for its report."""
 
     counts: dict[str, float] = field(default_factory=dict)
-    recoveries: list[float] = field(default_factory=list)
+    recoveries: list[tuple[float, float]] = field(default_factory=list)
+    """When workers were killed, and when the last of their jobs was claimable again; seconds since the epoch."""
+    said: dict[str, str] = field(default_factory=dict)
+    """What was measured of a promise, and whether it was kept; a machine that others use may be allowed more."""
 
     def add(self, name: str, by: float = 1) -> None:
         self.counts[name] = round(self.counts.get(name, 0) + by, 3)
+
+
+def verdict(seconds: float, bound: float, *, stood: float = 0.0, slack: float = 0.0) -> str:
+    """What is said of seconds that were measured, of which the machine stood still for `stood`.
+
+    >>> verdict(3.9, 4)
+    'within the bound'
+    >>> verdict(6.4, 4, slack=6)
+    'over the bound, within what a busy machine is allowed'
+    """
+    if seconds <= bound:
+        return "within the bound"
+    if seconds - stood <= bound:
+        return f"within the bound but for {stood:.1f} s of a machine that stood still"
+    if seconds - stood <= bound + slack:
+        return "over the bound, within what a busy machine is allowed"
+    return "over the bound"
 
 
 def prepare(servers: Servers) -> Settings:

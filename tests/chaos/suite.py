@@ -52,7 +52,8 @@ class Row:
 
 @dataclass
 class Report:
-    """What became of one row. `recovery` and `bound` in seconds, as far as the row kills workers."""
+    """What became of one row. `recovery` and `bound` in seconds, as far as the row kills workers; `said` is what was
+    measured of what is promised, in words."""
 
     row: str
     fault: str
@@ -62,6 +63,7 @@ class Report:
     seconds: float
     jobs: int
     counts: dict[str, float]
+    said: dict[str, str]
     recovery: float | None
     bound: float
     violations: list[Violation]
@@ -101,6 +103,7 @@ def run_row(name: str, row: Row, servers: Servers, folder: Path, *, size: Size, 
             except (AssertionError, TimeoutError) as error:
                 chaos.fail(str(error))
             chaos.judge()
+    recoveries = chaos.figures.recoveries
     report = Report(
         row=name,
         fault=row.fault,
@@ -110,7 +113,8 @@ def run_row(name: str, row: Row, servers: Servers, folder: Path, *, size: Size, 
         seconds=round(time.monotonic() - began, 1),
         jobs=chaos.client.accepted,
         counts=chaos.figures.counts,
-        recovery=round(max(chaos.figures.recoveries), 2) if chaos.figures.recoveries else None,
+        said=chaos.figures.said,
+        recovery=round(max(back - killed for killed, back in recoveries), 2) if recoveries else None,
         bound=chaos.bound,
         violations=chaos.violations,
         history=chaos.history_path.name,

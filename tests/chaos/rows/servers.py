@@ -11,6 +11,7 @@ from sqlalchemy import text
 from farm import doorbell
 from farm.stack.service import Service
 from tests.chaos.harness import Chaos
+from tests.chaos.setting import verdict
 from tests.chaos.trickle import Trickle
 
 PICKLE = (
@@ -20,6 +21,8 @@ PICKLE = (
 )
 FORGED = PICKLE.replace("application/x-python-serialize", "application/json").replace("farm.render", "os.system")
 LONGEST_START_SECONDS = 300.0
+MOST_TIMES = 1.2
+"""How many times as long as with a broker a submission may take without one, at p99."""
 GARBAGE = (b"\xff\xfe", "not json", "42", "[]", "null", "{}", '{"body": 1, "properties": {}}', PICKLE, FORGED)
 
 
@@ -56,14 +59,26 @@ def trouble_the_broker(
                 trouble(chaos, broker, pause)
                 chaos.figures.add(trouble.__name__.removesuffix("_broker"))
     chaos.until_done(120)
-    slowest = chaos.ask("SELECT max(extract(epoch FROM started_at - created_at)) AS s FROM jobs WHERE attempt = 1")[0].s
-    chaos.figures.add("slowest claim s", float(slowest))
+    waited = [
+        (float(row.claimed - row.created), chaos.stalls.within(float(row.created), float(row.claimed)))
+        for row in chaos.ask("""
+            SELECT extract(epoch FROM created_at) AS created, extract(epoch FROM started_at) AS claimed FROM jobs
+            WHERE attempt = 1 AND started_at IS NOT NULL
+        """)
+    ]
+    slowest, stood = max(waited, key=lambda one: one[0] - one[1])
+    chaos.figures.add("slowest claim s", slowest)
+    chaos.figures.said["slowest claim"] = verdict(slowest, chaos.bound, stood=stood, slack=chaos.slack)
     for phase in ("normal", "gone"):
         chaos.figures.add(f"submissions {phase}", len(trickle.seconds.get(phase, [])))
         chaos.figures.add(f"p50 {phase} ms", trickle.percentile(phase, 50) * 1000)
         chaos.figures.add(f"p99 {phase} ms", trickle.percentile(phase, 99) * 1000)
-    chaos.figures.add("p99 gone to normal", trickle.percentile("gone", 99) / trickle.percentile("normal", 99))
-    if slowest > chaos.bound + chaos.slack + chaos.stalls.seconds:
+    times = trickle.percentile("gone", 99) / trickle.percentile("normal", 99)
+    chaos.figures.add("p99 gone to normal", times)
+    # Speed is told, and no row fails for it.
+    reached = "reached" if times <= MOST_TIMES else "missed"
+    chaos.figures.said["p99 gone to normal"] = f"{times:.2f} of {MOST_TIMES:g} times: {reached}"
+    if slowest - stood > chaos.bound + chaos.slack:
         chaos.fail(f"a job waited {slowest:.1f} s to be claimed; {chaos.bound:.0f} s are promised")
 
 
@@ -152,7 +167,7 @@ def trouble_postgres(chaos: Chaos, *, crashes: int, cutting: float, lock: float)
             chaos.kill(chaos.until(lambda: chaos.catch(chaos.holding())))
             back = crash_postgres(chaos, server)
             chaos.until(lambda back=back: _moved(chaos, back), 60, "work goes on after a restart")  # type: ignore[misc]
-            chaos.figures.recoveries.append(time.time() - back)
+            chaos.figures.recoveries.append((back, time.time()))
             time.sleep(chaos.random.uniform(1, 3))
         trickle.phase = "cutting"
         _every(2.0, cutting, lambda: cut_connections(chaos))

@@ -70,7 +70,7 @@ def soak(chaos: Chaos, *, jobs: int, every: float, samples: int, errors: float, 
     fails all the time."""
     assert chaos.settings.s3_endpoint_url is not None
     with Proxy(chaos.settings.s3_endpoint_url, chaos.random.randrange(10**6)) as proxy:
-        proxy.trouble, proxy.share = "busy", errors
+        proxy.cause("busy", errors)
         chaos.worker_settings = {"s3_endpoint_url": proxy.url}
         elder = chaos.worker()
         chaos.keep(workers + 1)
