@@ -3,7 +3,7 @@
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -82,15 +82,30 @@ def test_a_farm_that_was_stopped_is_started_again(run: Run, stack: PaperStack) -
     assert stack.did[1:] == ["up", "down"]
 
 
+@pytest.fixture
+def ignored() -> Iterator[Callable[..., None]]:
+    """What SIGTERM and SIGHUP do by themselves here: nothing, as a test that fails must not end its process."""
+
+    def ignore(*_: object) -> None:
+        pass
+
+    before = {number: signal.signal(number, ignore) for number in (signal.SIGTERM, signal.SIGHUP)}
+    yield ignore
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_a_signal_ends_what_was_started(stack: PaperStack, number: signal.Signals) -> None:
-    handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)]
+def test_a_signal_ends_what_was_started(
+    stack: PaperStack, ignored: Callable[..., None], number: signal.Signals
+) -> None:
     with pytest.raises(KeyboardInterrupt), local.some_farm(Path("here")):
         os.kill(os.getpid(), number)
     assert stack.did[1:] == ["up", "down"]
-    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)] == handlers
+    assert {signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)} == {ignored}
 
 
+@pytest.mark.usefixtures("ignored")
 def test_a_signal_while_it_starts_reaches_the_stack_that_cleans_up(stack: PaperStack) -> None:
     """`Stack.up` leaves nothing behind when it raises."""
     stack.starting = lambda: os.kill(os.getpid(), signal.SIGTERM)
