@@ -27,7 +27,7 @@ def test_the_table_holds_every_code_and_no_other() -> None:
 
 @pytest.mark.parametrize("kind", sorted(set(kinds()), key=str))
 def test_every_error_has_its_answer(api: Api, monkeypatch: pytest.MonkeyPatch, kind: type[errors.FarmError]) -> None:
-    def fail(_: Any) -> None:
+    def fail(*_: Any) -> None:
         raise kind("it is at 10.0.0.1", near=["moss"])
 
     monkeypatch.setattr(jobs, "queue", fail)
@@ -43,7 +43,7 @@ def test_every_error_has_its_answer(api: Api, monkeypatch: pytest.MonkeyPatch, k
 
 
 def test_the_unforeseen_is_a_problem_document_too(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_: Any) -> None:
+    def fail(*_: Any) -> None:
         raise RuntimeError("the password is hunter2")
 
     monkeypatch.setattr(jobs, "queue", fail)

@@ -90,6 +90,8 @@ def ignored() -> Iterator[Callable[..., None]]:
         pass
 
     before = {number: signal.signal(number, ignore) for number in (signal.SIGTERM, signal.SIGHUP)}
+    # A process that was started in the background of a script has been told not to hear Ctrl-C.
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield ignore
     for number, handler in before.items():
         signal.signal(number, handler)
