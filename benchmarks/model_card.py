@@ -3,8 +3,10 @@
     python -m benchmarks.model_card --settings WORK/settings.json --log WORK.log... --hardware "2 cores of ..."
         [--style WORK/style-settings.json] [--note TEXT]... [--report benchmarks/out/crack_tiny.json] [--docs docs]
         [--control CONTROL.json]
-    python -m benchmarks.model_card --report REPORT.json          # what was measured alone, in the card there is
-    python -m benchmarks.model_card --control CONTROL.json        # that section alone, likewise
+    python -m benchmarks.model_card --honed WORK/hone-settings.json --log LOG... --hardware "2 cores of ..."
+        [--style WORK/style-settings.json] [--note TEXT]...       # how it was gone on with, in the card there is
+    python -m benchmarks.model_card --report REPORT.json          # what was measured alone, likewise
+    python -m benchmarks.model_card --control CONTROL.json        # that section alone, too
 
 No figure in the card is typed by hand: the table and the promises come from the benchmark's report, the recipe from
 the training's settings and logs, sizes from the files. `--control` is the report of `benchmarks.control
@@ -26,7 +28,7 @@ from safetensors import safe_open
 from benchmarks.control import net_key
 from benchmarks.crack_tiny import MODEL
 from benchmarks.stock import model_key, style_of
-from benchmarks.training_record import BadRecord, record, rows
+from benchmarks.training_record import HONING, BadRecord, record, rows
 
 REPORT = Path("benchmarks/out/crack_tiny.json")
 COLUMNS = ("wall", "crack", "direction", "hairlines", "distance", "sharpness")
@@ -63,6 +65,8 @@ photographs, no pretrained weights.{night}"""
 
 NIGHT = """ The style learned from {pictures:,} of the painter's walls by night, seed {seed}."""
 
+STYLE_COMMAND = "python -m workers.training.crack_tiny_style --model FOLDER --work DIR"
+HEAD = ("stage", "steps", "pictures a step", "rate", "last loss (smoothed)", "hours")
 RECIPE = """## Recipe
 
     python -m workers.training.crack_tiny --work DIR --out FOLDER{style}
@@ -73,6 +77,20 @@ Seeds {seed} (autoencoder), {base} (base), {distil} (LCM-LoRA), {words} (words) 
 {table}
 
 `docs/crack-tiny.md` in the repository explains the stages."""
+
+HONED_TITLE = "## Gone on with"
+HONED = (
+    HONED_TITLE
+    + """
+
+    python -m workers.training.crack_tiny_hone --model FOLDER --work DIR{style}
+
+The LCM-LoRA of the table above was then sharpened further, from the finished model's folder alone: {pool:,} pictures,
+seed {seed}, the direction of a crack counting {direction:g} times, walks of 2, 4 and 8 steps.{styled} Hardware:
+{hardware}; {hours:.1f} hours in all, as the logs tell.{notes}
+
+{table}"""
+)
 
 MEASURED = """## Measured
 
@@ -141,6 +159,28 @@ def with_measured(text: str, report: dict[str, Any], folder: Path, notes: Sequen
     return "\n".join(parts) + "\n"
 
 
+def with_honing(text: str, made: dict[str, Any]) -> str:
+    """A card that also tells how its model was gone on with, before what was measured, in place of an earlier such
+    section. A style that was trained along is no longer told of above. Raises BadRecord when the text is no card."""
+    if text.count(f"\n{MEASURED_TITLE}\n") != 1:
+        raise BadRecord(f"the card has no section {MEASURED_TITLE!r}, before which this one belongs")
+    before, _, after = text.partition(f"\n{MEASURED_TITLE}\n")
+    before = before.partition(f"\n{HONED_TITLE}\n")[0]
+    if "style" in made:
+        lines = before.splitlines(keepends=True)
+        before = "".join(line for line in lines if not line.startswith("| style |") and STYLE_COMMAND not in line)
+    section = HONED.format(
+        **made["settings"],
+        style=f"\n    {STYLE_COMMAND}" if "style" in made else "",
+        styled=" After that the style was trained." if "style" in made else "",
+        hardware=made["hardware"],
+        hours=sum(stage["hours"] for stage in made["stages"].values()),
+        notes="".join(f" {note}" for note in made["notes"]),
+        table=table(HEAD, rows(made, HONING)),
+    )
+    return f"{before.rstrip()}\n\n{section}\n\n{MEASURED_TITLE}\n{after}"
+
+
 def with_control(text: str, report: dict[str, Any], folder: Path) -> str:
     """A card with the section about the ControlNet in it, before its limits, in place of an earlier one.
 
@@ -184,11 +224,11 @@ def card(report: dict[str, Any], made: dict[str, Any], folder: Path) -> str:
         "## What it is\n\n" + _parts(folder),
         DATA.format(**settings, night=NIGHT.format(**made["style"]) if style and "style" in made else ""),
         RECIPE.format(
-            style="\n    python -m workers.training.crack_tiny_style --model FOLDER --work DIR" if style else "",
+            style=f"\n    {STYLE_COMMAND}" if style else "",
             seed=seed, base=seed + 1, distil=seed + 2, words=seed + 4, hardware=made["hardware"],
             precision="bfloat16 autocast" if settings["bf16"] else "float32",
             hours=sum(stage["hours"] for stage in made["stages"].values()),
-            table=table(("stage", "steps", "pictures a step", "rate", "last loss (smoothed)", "hours"), rows(made)),
+            table=table(HEAD, rows(made)),
         ),
         _measured(report),
         LIMITS.format(notes="".join(f"- {note}\n" for note in [*_missed(report), *made["notes"]])),
@@ -262,6 +302,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--settings", type=Path, help="settings.json of the training")
+    parser.add_argument("--honed", type=Path, help="hone-settings.json of what went on from there")
     parser.add_argument("--style", type=Path, help="style-settings.json of the style's training")
     parser.add_argument("--log", type=Path, action="append", help="logs in order, repeat")
     parser.add_argument("--hardware")
@@ -269,9 +310,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--note", action="append", default=[], help="a limit that figures do not show, repeat")
     parser.add_argument("--docs", type=Path, help="where contact sheets go")
     given = parser.parse_args(arguments)
-    whole = given.settings and given.log and given.hardware
-    if not whole and (not (given.control or given.report) or given.settings or given.log or given.hardware):
-        parser.error("a card needs --settings, --log and --hardware; --report or --control alone write their sections")
+    trained = given.log and given.hardware
+    whole, honed = trained and given.settings, trained and given.honed
+    part = honed or not (given.settings or given.honed or given.log or given.hardware)
+    if not whole and not (part and (honed or given.control or given.report)):
+        parser.error(
+            "a card needs --settings, --log and --hardware; --honed with --log and --hardware, --report or --control "
+            "write their sections into the card there is"
+        )
     try:
         text = (given.model / "README.md").read_text("utf-8") if not whole else ""
         path = given.report or REPORT
@@ -279,7 +325,10 @@ def main(arguments: list[str] | None = None) -> int:
             made = record(given.settings, given.log, given.hardware, given.style, given.note)
             text = card(json.loads(path.read_text("utf-8")), made, given.model)
         elif given.report:
-            text = with_measured(text, json.loads(path.read_text("utf-8")), given.model, given.note)
+            text = with_measured(text, json.loads(path.read_text("utf-8")), given.model, [] if honed else given.note)
+        if honed:
+            made = record(given.honed, given.log, given.hardware, given.style, given.note)
+            text = with_honing(text, made)
         if given.control:
             text = with_control(text, json.loads(given.control.read_text("utf-8")), given.model)
         (given.model / "README.md").write_text(text, "utf-8")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,13 @@ STAGES = {
     "style": ("steps", "batch", "rate"),
 }
 """A stage's settings: steps, pictures a step (a setting or words), learning rate."""
+HONING = {
+    "answers": ("words_steps", "64 captions", "words_rate"),
+    "reader": ("reader_steps", "64 latents", "reader_rate"),
+    "sharpen": ("sharpen_steps", "16", "sharpen_rate"),
+    "style": STAGES["style"],
+}
+"""The same for what goes on from a finished model."""
 
 
 class BadRecord(Exception):
@@ -62,10 +69,12 @@ def record(settings: Path, logs: Iterable[Path], hardware: str, style: Path | No
     return made
 
 
-def rows(made: dict[str, Any]) -> list[tuple[str, str, str, str, str, str]]:
+def rows(
+    made: dict[str, Any], stages: Mapping[str, tuple[str, str, str]] = STAGES
+) -> list[tuple[str, str, str, str, str, str]]:
     """Stage, steps, pictures a step, learning rate, last loss and hours, in the order of the recipe."""
     table = []
-    for stage, (steps, batch, rate) in STAGES.items():
+    for stage, (steps, batch, rate) in stages.items():
         settings = made.get("style", {}) if stage == "style" else made["settings"]
         if steps not in settings:
             continue

@@ -15,6 +15,7 @@ from benchmarks.stock import model_key
 from benchmarks.training_record import BadRecord, read_logs, record
 from benchmarks.verdicts import verdicts
 from workers.training.crack_tiny import PROFILE, Settings
+from workers.training.crack_tiny_hone import Settings as Honing
 
 LOG = """[transformers] something else
 autoencoder 50/100 loss 0.5000 0.720 s/step 0.6 min left
@@ -150,6 +151,33 @@ def test_another_report_takes_the_place_of_the_figures_alone(
     assert "the card has no section '## Measured'" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         model_card.main(["--model", str(folder)])
+
+
+def test_what_was_gone_on_with_is_told_before_what_was_measured(folder: Path, tmp_path: Path) -> None:
+    settings, log = files(tmp_path)
+    style = tmp_path / "style-settings.json"
+    style.write_text(json.dumps({"steps": 25, "batch": 16, "rate": 1e-3, "pictures": 9, "seed": 3}))
+    whole = model_card.card(report(folder), record(settings, [log], "two toy cores", style, []), folder)
+    assert "\n| style | 25 | 16 | 0.001 | 0.030 | 0.03 |\n" in whole
+    (folder / "README.md").write_text(whole)
+    honing = {name: getattr(Honing(), name) for name in Honing.__slots__}
+    (tmp_path / "hone-settings.json").write_text(json.dumps({**honing, "sharpen_steps": 50}))
+    more = tmp_path / "hone.log"
+    given = ["--model", str(folder), "--honed", str(tmp_path / "hone-settings.json"), "--log", str(more)]
+    for loss in ("0.0444", "0.0333"):
+        more.write_text(f"sharpen 50/50 loss {loss} 7.200 s/step 0.0 min left\n{LOG.splitlines()[-1]}\n")
+        told = [*given, "--hardware", "one toy core", "--style", str(style), "--note", "It slept."]
+        assert model_card.main(told) == 0
+        text = (folder / "README.md").read_text()
+        before, _, after = text.partition("\n## Gone on with\n")
+        section, _, measured = after.partition("\n## Measured\n")
+        assert f"| sharpen | 50 | 16 | 0.0002 | {float(loss):.3f} | 0.10 |" in section.splitlines()
+        assert "| style | 25 | 16 | 0.001 | 0.030 | 0.03 |" in section.splitlines()
+        assert "one toy core; 0.1 hours in all, as the logs tell. It slept." in section.replace("\n", " ")
+        assert "style | 25" not in before, "the style that is there is told of once"
+        assert measured == whole.partition("\n## Measured\n")[2], "all else stays"
+    with pytest.raises(SystemExit):
+        model_card.main(given)
 
 
 def test_a_report_about_another_model_is_refused(

@@ -1,15 +1,17 @@
 """The recipe of `crack-tiny` from its command to a folder that stock diffusers renders with, at toy size."""
 
 import functools
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import LCMScheduler, StableDiffusionPipeline
-from safetensors.torch import load_file
+from diffusers import LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 
-from workers.training import crack_tiny, diffusion, loop
-from workers.training.errors import UNFINISHED
+from workers.training import crack_tiny, crack_tiny_hone, diffusion, loop
+from workers.training.errors import UNFINISHED, TrainingError
+from workers.training.export import export_lora
 
 TOY = functools.partial(diffusion.Size, channels=(16, 16, 32), heads=2, text_width=16, text_layers=1)
 STAGES = ("autoencoder", "refine", "words", "base", "distil", "decoder", "reader", "sharpen")
@@ -58,6 +60,8 @@ def test_every_stage_runs_stops_by_the_clock_and_goes_on(
     picture = pipe("a crack", num_inference_steps=2, guidance_scale=1.0, height=64, width=64).images[0]
     assert picture.size == (64, 64)
 
+    honed(out, tmp_path / "hone", capsys)
+
     # Once more: every stage is found finished.
     monkeypatch.setattr(loop, "seed_step", lambda *_: pytest.fail("there was nothing left to do"))
     assert crack_tiny.main(command) == 0
@@ -68,3 +72,40 @@ def test_every_stage_runs_stops_by_the_clock_and_goes_on(
     # Another seed has data of its own, and does not go on with weights of this one.
     assert crack_tiny.main([*command, "--seed", "2"]) == 1
     assert "was made with seed 5, not 6: use another working folder" in capsys.readouterr().err
+
+
+def honed(model: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What was made is gone on with, from its folder alone."""
+    before = weights(model)
+    steps = [word for stage in ("words", "reader", "sharpen") for word in (f"--{stage}-steps", "1")]
+    command = ["--model", str(model), "--work", str(work), "--pool", "8", *steps, "--direction", "2.5"]
+
+    # Its adapter is taken as it is: written again, it is the same file but for what rounding to half did.
+    unet = UNet2DConditionModel.from_pretrained(model / "unet", torch_dtype=torch.float32)
+    crack_tiny_hone.adapt(unet, model / "lcm-lora.safetensors")
+    export_lora(work / "again.safetensors", unet, {})
+    was, again = load_file(model / "lcm-lora.safetensors"), load_file(work / "again.safetensors")
+    assert was.keys() == again.keys()
+    assert all(torch.equal(value, again[name]) for name, value in was.items())
+
+    assert crack_tiny_hone.main([*command, "--minutes", "0"]) == UNFINISHED
+    assert "answers: 0 of 1 steps are done" in capsys.readouterr().err
+    assert crack_tiny_hone.main(command) == 0
+    made = load_file(work / "lcm-lora.safetensors")
+    assert made.keys() == was.keys()
+    ups = [name for name in made if name.endswith("lora_up.weight")]
+    assert any(not torch.equal(made[name], was[name]) for name in ups)
+    assert json.loads((work / "hone-settings.json").read_text("utf-8"))["direction"] == 2.5
+    pipe = StableDiffusionPipeline.from_pretrained(model)
+    pipe.load_lora_weights(work, weight_name="lcm-lora.safetensors")
+    # The model itself is as it was.
+    assert all(torch.equal(value, weights(model)[name]) for name, value in before.items())
+
+    half = {name: value for name, value in was.items() if "down_blocks" not in name}
+    save_file(half, work / "half.safetensors")
+    with pytest.raises(TrainingError, match="an adapter of this model has"):
+        crack_tiny_hone.adapt(
+            UNet2DConditionModel.from_pretrained(model / "unet", torch_dtype=torch.float32), work / "half.safetensors"
+        )
+    assert crack_tiny_hone.main(["--model", str(work), "--work", str(work)]) == 1
+    assert "is not a crack-tiny to go on with" in capsys.readouterr().err

@@ -68,7 +68,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> sharpen.Reader:
 
 
 def sharpened(
-    path: Path, plan: Plan, reader: sharpen.Reader, told: Callable[[str], None] = hush
+    path: Path, plan: Plan, reader: sharpen.Reader, told: Callable[[str], None] = hush, *, light: float = 1.0
 ) -> UNet2DConditionModel:
     unet = student()
     sharpen.fit(
@@ -78,7 +78,7 @@ def sharpened(
         lambda rng: torch.zeros(()),
         reader,
         shape=(4, 4, 4),
-        recipe=sharpen.Sharpening(walks=(1, 2), weight=1.0),
+        recipe=sharpen.Sharpening(walks=(1, 2), weight=1.0, emphasis={"light": light}),
         plan=plan,
         checkpoint=path,
         bf16=False,
@@ -150,6 +150,14 @@ def test_a_resumed_run_equals_one_that_never_stopped(tmp_path: Path, reader: sha
     resumed = sharpened(tmp_path / "resumed.pt", plan, reader)
     for name, value in straight.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_a_question_counts_as_often_as_it_is_given_weight(tmp_path: Path, reader: sharpen.Reader) -> None:
+    """A loss of nothing leaves the adapter's last layers, which begin at nothing, where they were."""
+    for light, learns in ((0.0, False), (3.0, True)):
+        unet = sharpened(tmp_path / f"{light}.pt", Plan(2, 1e-3, seed=2, warmup=1), reader, light=light)
+        ups = [weight for name, weight in unet.named_parameters() if ".lora_B." in name]
+        assert any(bool(weight.any()) for weight in ups) is learns
 
 
 def test_answers_must_fit_the_latents(tmp_path: Path) -> None:

@@ -16,11 +16,12 @@ from transformers import CLIPTokenizer
 from farm.painter import caption, sample_scene
 from tests.training.test_adapter_trouble import small_disk
 from workers.training import autoencoder, diffusion, distill, tokens
-from workers.training.crack_tiny import MEANINGS, QUICK, Settings
+from workers.training.crack_tiny import QUICK, Settings
 from workers.training.errors import TrainingError
 from workers.training.export import export_lora, export_pipeline
 from workers.training.loop import Plan, load, train
 from workers.training.pool import open_pool
+from workers.training.questions import MEANINGS
 
 SIZE = diffusion.Size(channels=(16, 16, 32), heads=2, text_width=16, text_layers=1, latent=4, grid=4)
 

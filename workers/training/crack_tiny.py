@@ -24,13 +24,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from farm.painter import Scene, caption, sample_scene
-from farm.painter.scene import DIRECTIONS, FORMS, LIGHTS, WALLS, WIDTHS
+from farm.painter import caption, sample_scene
 from workers.training import autoencoder, diffusion, distill, sharpen, tokens
 from workers.training.errors import UNFINISHED, TrainingError, UnfinishedError
 from workers.training.export import export_lora, export_pipeline, export_profile
 from workers.training.loop import Plan
 from workers.training.pool import Pool, open_pool
+from workers.training.questions import MEANINGS, answers
 
 STAGES = ("autoencoder", "refine", "words", "base", "distil", "decoder", "reader", "sharpen", "export")
 SIDE = 128
@@ -242,16 +242,16 @@ class Recipe:
 
     def reader(self) -> sharpen.Reader:
         size, scenes = diffusion.Size(), self.pool().scenes
-        answers = _answers(scenes)
+        known = answers(scenes)
         whole = np.array([not scene.cracked for scene in scenes])
         for name in ("width", "form"):
-            answers[name][whole] = sharpen.UNKNOWN
+            known[name][whole] = sharpen.UNKNOWN
         torch.manual_seed(self.settings.seed + 6)
         reader = sharpen.Reader(size.latent, MEANINGS.kinds)
         sharpen.learn_to_read(
             reader,
             self.latents(),
-            answers,
+            known,
             diffusion.scheduler().alphas_cumprod,
             blur=sharpen.Sharpening().blur,
             plan=self.plan(self.settings.reader_steps, self.settings.reader_rate, 6),
@@ -260,6 +260,9 @@ class Recipe:
             say=self.say,
         )
         return reader
+
+    def sharpening(self) -> sharpen.Sharpening:
+        return sharpen.Sharpening(weight=self.settings.sharpen_weight)
 
     def sharpen(self) -> tuple[UNet2DConditionModel, CLIPTextModel]:
         """The same adapter, taught by how well a reader recognises what it makes."""
@@ -270,14 +273,14 @@ class Recipe:
         def trial(rng: np.random.Generator) -> sharpen.Asked:
             chosen = rng.integers(0, len(pool.scenes), self.settings.distil_batch)
             ids = diffusion.token_ids(tokenizer, pool.captions(chosen, rng))
-            answers = {}
+            told = {}
             with torch.no_grad():
                 states = text(ids).last_hidden_state
                 meant = diffusion.meaning(states, ids == tokenizer.eos_token_id)
                 for name, head in heads.items():
                     sure, answer = head(meant).softmax(1).max(1)
-                    answers[name] = answer.masked_fill(sure < CERTAIN, sharpen.UNKNOWN)
-            return sharpen.Asked(states, answers)
+                    told[name] = answer.masked_fill(sure < CERTAIN, sharpen.UNKNOWN)
+            return sharpen.Asked(states, told)
 
         sharpen.fit(
             unet,
@@ -288,7 +291,7 @@ class Recipe:
             ),
             self.reader(),
             shape=(size.latent, size.grid, size.grid),
-            recipe=sharpen.Sharpening(weight=self.settings.sharpen_weight),
+            recipe=self.sharpening(),
             plan=self.plan(self.settings.sharpen_steps, self.settings.sharpen_rate, 7),
             checkpoint=self.work / "sharpen.pt",
             bf16=self.settings.bf16,
@@ -298,8 +301,7 @@ class Recipe:
 
     def export(self, out: Path) -> None:
         unet, text = self.sharpen()
-        notes = {"modelspec.title": "crack-tiny LCM-LoRA", "modelspec.license": "Apache-2.0"}
-        export_lora(out / "lcm-lora.safetensors", unet, notes)
+        export_lora(out / "lcm-lora.safetensors", unet, NOTES)
         unet.unload_lora()
         export_pipeline(
             out,
@@ -314,17 +316,6 @@ class Recipe:
         (self.work / "settings.json").write_text(recipe + "\n", "utf-8")
 
 
-QUESTIONS = {
-    "wall": WALLS,
-    "direction": DIRECTIONS,
-    "width": WIDTHS,
-    "form": FORMS,
-    "light": LIGHTS,
-    "water": (False, True),
-    "old": (False, True),
-}
-
-
 @cache
 def _tokenizer(folder: Path, seed: int) -> CLIPTokenizer:
     """The same every time: it is learned from seeded captions."""
@@ -332,20 +323,7 @@ def _tokenizer(folder: Path, seed: int) -> CLIPTokenizer:
     return tokens.build((caption(sample_scene(rng), rng) for _ in range(CAPTIONS)), folder)
 
 
-def _captions_with_meanings(count: int, rng: np.random.Generator) -> tuple[list[str], dict[str, NDArray[np.int64]]]:
-    scenes = [sample_scene(rng) for _ in range(count)]
-    return [caption(scene, rng) for scene in scenes], _answers(scenes)
-
-
-def _answers(scenes: list[Scene]) -> dict[str, NDArray[np.int64]]:
-    """The number of the right answer to each question, for each scene."""
-    return {
-        name: np.array([answers.index(getattr(scene, name)) for scene in scenes]) for name, answers in QUESTIONS.items()
-    }
-
-
-MEANINGS = diffusion.Meanings({name: len(answers) for name, answers in QUESTIONS.items()}, _captions_with_meanings)
-
+NOTES = {"modelspec.title": "crack-tiny LCM-LoRA", "modelspec.license": "Apache-2.0"}
 PROFILE = {
     "family": "crack-tiny",
     "width": SIDE,

@@ -10,7 +10,7 @@ own steps, and what one of them ends in is read; the reader's error goes back in
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
@@ -45,12 +45,14 @@ Trial = Callable[[np.random.Generator], Asked]
 class Sharpening:
     """`walks` are the numbers of steps the student is asked for, one drawn each time; `blur` is the highest timestep
     to which latents are noised before they are read, so that only what stands out counts; `weight` is the reader's
-    say beside the loss of distillation, which every `anchored`th step adds."""
+    say beside the loss of distillation, which every `anchored`th step adds; `emphasis` says of a question how many
+    times it counts, once unless it is there."""
 
     walks: tuple[int, ...] = (2, 4, 4, 8)
     blur: int = 250
     weight: float = 0.02
     anchored: int = 2
+    emphasis: Mapping[str, float] = field(default_factory=dict)
 
 
 class Block(nn.Module):
@@ -205,7 +207,8 @@ def fit(
             errors[name] = 0.98 * errors.get(name, float(error.detach())) + 0.02 * float(error.detach())
         if number % 100 == 99:
             say("misread: " + ", ".join(f"{name} {error:.3f}" for name, error in errors.items()))
-        total = recipe.weight * torch.stack(list(lost.values())).sum()
+        counted = [error * recipe.emphasis.get(name, 1.0) for name, error in lost.items()]
+        total = recipe.weight * torch.stack(counted).sum()
         return total + anchor(rng) if number % recipe.anchored == 0 else total
 
     average = Average(unet)
