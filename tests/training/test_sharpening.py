@@ -1,6 +1,7 @@
 """The reader and what an adapter learns from it, at toy sizes."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,13 @@ import torch
 from diffusers import LCMScheduler, UNet2DConditionModel
 from torch import Tensor
 
+from farm.painter import paint, sample_scene
+from farm.painter.scene import DIRECTIONS, FORMS
 from workers.training import diffusion, distill, sharpen
 from workers.training.errors import TrainingError
 from workers.training.loop import Plan, load
+from workers.training.pool import Pool
+from workers.training.questions import LEANS, lean
 
 SIZE = diffusion.Size(channels=(16, 16, 32), heads=2, text_width=16, text_layers=1, latent=4, grid=4)
 ALPHAS = diffusion.scheduler().alphas_cumprod
@@ -112,6 +117,41 @@ def test_what_a_caption_leaves_open_costs_nothing(reader: sharpen.Reader) -> Non
     assert float(half["light"]) == pytest.approx(float(told["light"]), rel=1e-5)
     none = sharpen.misread(reader, clean, {"light": torch.full((4,), sharpen.UNKNOWN)}, alphas, 1)
     assert float(none["light"]) == 0.0
+
+
+def test_any_answer_will_do_if_the_reader_is_sure_of_it(reader: sharpen.Reader) -> None:
+    clean, bright = real(6, 4)
+    alphas = torch.ones(1)
+    told = sharpen.misread(reader, clean, {"light": bright}, alphas, 1)["light"]
+    wrong = sharpen.misread(reader, clean, {"light": 1 - bright}, alphas, 1)["light"]
+    free = sharpen.misread(reader, clean, {"light": torch.full((6,), sharpen.ANY)}, alphas, 1)["light"]
+    assert float(free) == pytest.approx(float(told), rel=1e-5)
+    assert float(wrong) > 1.0
+    # Between the two answers it is worth something to go to either.
+    between = sharpen.misread(reader, 0.0 * clean, {"light": torch.full((6,), sharpen.ANY)}, alphas, 1)["light"]
+    assert float(between) > float(free)
+
+
+def test_diagonals_lean_one_way_or_the_other() -> None:
+    rng = np.random.default_rng(3)
+    scenes = [replace(sample_scene(rng), direction=way, form=form) for way in DIRECTIONS[:3] for form in FORMS]
+    pixels = np.zeros((len(scenes) + 2, 64, 64, 4), np.uint8)
+    for number, scene in enumerate(scenes):
+        pixels[number, :, :, 3] = paint(scene, 64, 64, number).mask * np.uint8(255)
+    # Drawn by hand: rows are counted downwards.
+    pixels[-2, :, :, 3] = 255 * np.eye(64, dtype=np.uint8)
+    pixels[-1, :, :, 3] = 255 * np.eye(64, dtype=np.uint8)[::-1]
+    told = [*scenes, scenes[-1], scenes[-1]]
+    found = lean(Pool(pixels, told))
+    assert [LEANS[answer] for answer in found[-2:]] == ["falling", "rising"]
+    assert all(
+        (answer == sharpen.UNKNOWN) == (one.direction != "diagonal") for one, answer in zip(told, found, strict=True)
+    )
+    # In a mirror each leans the other way, whatever its form.
+    mirrored = lean(Pool(np.ascontiguousarray(pixels[:, :, ::-1]), told))
+    assert all(
+        here == there == sharpen.UNKNOWN or here == 1 - there for here, there in zip(found, mirrored, strict=True)
+    )
 
 
 def test_the_adapter_learns_to_show_what_was_asked_for(tmp_path: Path, reader: sharpen.Reader) -> None:

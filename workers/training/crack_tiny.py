@@ -240,14 +240,24 @@ class Recipe:
         )
         return model
 
-    def reader(self) -> sharpen.Reader:
-        size, scenes = diffusion.Size(), self.pool().scenes
+    def seen(self) -> tuple[dict[str, int], dict[str, NDArray[np.int64]]]:
+        """How many answers each of the reader's questions has, and the right ones about the pool."""
+        scenes = self.pool().scenes
         known = answers(scenes)
         whole = np.array([not scene.cracked for scene in scenes])
         for name in ("width", "form"):
             known[name][whole] = sharpen.UNKNOWN
+        return MEANINGS.kinds, known
+
+    def wanted(self, told: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the reader should find, by what captions say."""
+        return told
+
+    def reader(self) -> sharpen.Reader:
+        size = diffusion.Size()
+        kinds, known = self.seen()
         torch.manual_seed(self.settings.seed + 6)
-        reader = sharpen.Reader(size.latent, MEANINGS.kinds)
+        reader = sharpen.Reader(size.latent, kinds)
         sharpen.learn_to_read(
             reader,
             self.latents(),
@@ -280,7 +290,7 @@ class Recipe:
                 for name, head in heads.items():
                     sure, answer = head(meant).softmax(1).max(1)
                     told[name] = answer.masked_fill(sure < CERTAIN, sharpen.UNKNOWN)
-            return sharpen.Asked(states, told)
+            return sharpen.Asked(states, self.wanted(told))
 
         sharpen.fit(
             unet,

@@ -4,7 +4,8 @@
 
 Everything else stays as it is in FOLDER. A reader learns anew, on walls encoded with the folder's own autoencoder, and
 the last stage of `workers.training.crack_tiny` goes on from the folder's own adapter, with the direction of a crack
-counting more and eight steps walked as often as four. Goes on after a stop.
+counting more and eight steps walked as often as four. Diagonal cracks are asked to rise or to fall: an adapter that was
+only asked for "diagonal" draws some that do both. Goes on after a stop.
 """
 
 from __future__ import annotations
@@ -19,18 +20,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.utils import convert_unet_state_dict_to_peft
+from numpy.typing import NDArray
 from peft import set_peft_model_state_dict
-from torch import nn
+from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from workers.training import crack_tiny, diffusion, distill, sharpen
 from workers.training.errors import UNFINISHED, TrainingError, UnfinishedError
 from workers.training.export import export_lora
-from workers.training.questions import MEANINGS
+from workers.training.questions import DIAGONAL, LEANS, MEANINGS, lean
 
 LCM = "lcm-lora.safetensors"
 PARTS = ("unet", "vae", "text_encoder", "tokenizer")
@@ -51,6 +54,8 @@ class Settings:
     sharpen_rate: float = 2e-4
     sharpen_weight: float = 0.02
     direction: float = 3.0
+    lean: float = 3.0
+    """How often these two questions count; without a say of `lean` the reader is not asked it at all."""
     bf16: bool = True
 
 
@@ -60,6 +65,7 @@ class Honing(crack_tiny.Recipe):
 
     model: Path = Path()
     direction: float = 1.0
+    lean: float = 1.0
 
     def tokenizer(self) -> CLIPTokenizer:
         return CLIPTokenizer.from_pretrained(self.model / "tokenizer")
@@ -91,9 +97,22 @@ class Honing(crack_tiny.Recipe):
         adapt(unet, self.model / LCM)
         return unet, text
 
+    def seen(self) -> tuple[dict[str, int], dict[str, NDArray[np.int64]]]:
+        kinds, known = crack_tiny.Recipe.seen(self)
+        if not self.lean:
+            return kinds, known
+        return kinds | {"lean": len(LEANS)}, known | {"lean": lean(self.pool())}
+
+    def wanted(self, told: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A diagonal crack may rise or fall; it may not do both."""
+        if not self.lean:
+            return told
+        diagonal = told["direction"] == DIAGONAL
+        return told | {"lean": torch.where(diagonal, sharpen.ANY, sharpen.UNKNOWN)}
+
     def sharpening(self) -> sharpen.Sharpening:
         usual = crack_tiny.Recipe.sharpening(self)
-        return replace(usual, walks=WALKS, emphasis={"direction": self.direction})
+        return replace(usual, walks=WALKS, emphasis={"direction": self.direction, "lean": self.lean})
 
 
 def adapt(unet: UNet2DConditionModel, path: Path) -> None:
@@ -128,12 +147,12 @@ def hone(model: Path, work: Path, settings: Settings, out: Path, minutes: float 
     if not (model / "model_index.json").is_file() or not (model / LCM).is_file():
         raise TrainingError(f"{model} is not a crack-tiny to go on with: it has no model_index.json or no {LCM}")
     given = asdict(settings)
-    direction = given.pop("direction")
+    counted = {name: given.pop(name) for name in ("direction", "lean")}
     # Checkpoints know their seed, not the model they began with: each has a folder of its own.
     own = work / f"hone-{_mark(model)}"
     own.mkdir(parents=True, exist_ok=True)
     whole = replace(crack_tiny.Settings(), **given)
-    recipe = Honing(own, whole, minutes, say=partial(print, flush=True), model=model, direction=direction)
+    recipe = Honing(own, whole, minutes, say=partial(print, flush=True), model=model, **counted)
     unet, _ = recipe.sharpen()
     export_lora(out, unet, crack_tiny.NOTES)
     (work / "hone-settings.json").write_text(json.dumps(asdict(settings), indent=2) + "\n", "utf-8")

@@ -27,12 +27,15 @@ from workers.training.loop import Average, Plan, Say, train
 
 UNKNOWN = -100
 """The answer to a question that a caption leaves open: no loss."""
+ANY = -101
+"""The answer to a question of which a caption leaves open how, not whether, it is answered: whatever the reader finds
+likeliest, it should be sure of it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
     """What one step asks the student for: the text states of captions (n, 77, width) and, for each question, the number
-    of the answer that each caption gives (n,), or UNKNOWN."""
+    of the answer that each caption gives (n,), UNKNOWN or ANY."""
 
     told: Tensor
     answers: Mapping[str, Tensor]
@@ -100,12 +103,16 @@ class Reader(nn.Module):
 def misread(
     reader: Reader, latents: Tensor, answers: Mapping[str, Tensor], alphas: Tensor, blur: int
 ) -> dict[str, Tensor]:
-    """The reader's cross-entropy in each question, for latents that are noised up to the timestep `blur` first."""
+    """The reader's cross-entropy in each question, for latents that are noised up to the timestep `blur` first.
+
+    Where ANY answer is right, the likeliest is.
+    """
     alpha = alphas[torch.randint(0, blur, (len(latents),))].view(-1, 1, 1, 1)
     noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * torch.randn_like(latents)
     logits = reader(noisy, (1 - alpha).sqrt().view(-1, 1))
     lost = {}
-    for name, right in answers.items():
+    for name, wanted in answers.items():
+        right = torch.where(wanted == ANY, logits[name].argmax(1), wanted)
         # A batch whose captions all leave it open has a loss of nothing, not of nothing divided by nothing.
         total = functional.cross_entropy(logits[name], right, ignore_index=UNKNOWN, reduction="sum")
         lost[name] = total / (right != UNKNOWN).sum().clamp(min=1)
