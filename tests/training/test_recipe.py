@@ -99,7 +99,8 @@ def honed(model: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pipe = StableDiffusionPipeline.from_pretrained(model)
     pipe.load_lora_weights(work, weight_name="lcm-lora.safetensors")
     # The model itself is as it was.
-    assert all(torch.equal(value, weights(model)[name]) for name, value in before.items())
+    after = weights(model)
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
 
     half = {name: value for name, value in was.items() if "down_blocks" not in name}
     save_file(half, work / "half.safetensors")

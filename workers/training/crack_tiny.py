@@ -38,6 +38,7 @@ LAST_STEPS = (0, 139, 259, 259)
 """Timesteps of which the last of 4 and of 8 LCM steps start; 0 stands for samplers that end in clean latents."""
 CAPTIONS = 20_000
 """What the tokenizer is learned from."""
+Latents = np.ndarray[tuple[int, ...], np.dtype[np.float16]]
 CERTAIN = 0.9
 """A caption answers a question if the text encoder is as sure as this; of captions that leave one open nothing is
 asked."""
@@ -127,11 +128,8 @@ class Recipe:
         autoencoder.refine(model, self.pool(), plan, self.work / "refine.pt", bf16=self.settings.bf16, say=self.say)
         return model
 
-    def latents(self) -> np.ndarray[tuple[int, ...], np.dtype[np.float16]]:
-        """What the finished autoencoder makes of the pool: kept under a name that no other one of either shares."""
-        vae = self.refine()
-        name = f"latents-{self.settings.pool}-{self.settings.seed}-{autoencoder.fingerprint(vae)}.npy"
-        return diffusion.encode_pool(vae, self.pool(), self.work / name)
+    def latents(self) -> Latents:
+        return _latents(self)
 
     def words(self) -> CLIPTextModel:
         return self.words_with_answers()[0]
@@ -324,6 +322,14 @@ class Recipe:
         export_profile(out / "profile.json", PROFILE)
         recipe = json.dumps(asdict(self.settings), indent=2)
         (self.work / "settings.json").write_text(recipe + "\n", "utf-8")
+
+
+@cache
+def _latents(recipe: Recipe) -> Latents:
+    """What the finished autoencoder makes of the pool: kept under a name that no other one of either shares."""
+    vae, settings = recipe.refine(), recipe.settings
+    name = f"latents-{settings.pool}-{settings.seed}-{autoencoder.fingerprint(vae)}.npy"
+    return diffusion.encode_pool(vae, recipe.pool(), recipe.work / name)
 
 
 @cache
