@@ -20,6 +20,8 @@ Plane = NDArray[Any]
 
 NEEDED = {"wall": 0.99, "crack": 0.99, "direction": 0.97}
 """Shares of painted pictures that the analyser must read right before it may judge rendered ones."""
+SEEDS = (99, 7, 1234, 2026)
+"""Of the painted pictures it is measured on: it has to be good with each, not with one that suits it."""
 REACH = 5
 """Pixels from a line to the wall on both sides of it: wider cracks than twice this are not looked for."""
 LINE, DEEP = 0.72, 0.47
@@ -170,16 +172,24 @@ def _share(right: Sequence[bool]) -> float | None:
     return round(float(np.mean(right)), 4) if right else None
 
 
-def check(count: int = 500, seed: int = 99) -> dict[str, float | None]:
-    """The analyser's rates on painted pictures of every kind the painter knows, 128 pixels a side.
+def check(count: int = 500, seeds: Sequence[int] = SEEDS) -> dict[str, float | None]:
+    """The analyser's rates on painted pictures of every kind the painter knows, 128 pixels a side: of each rate the
+    lowest that `count` pictures of any of the seeds gave.
 
     Raises WeakAnalyser below `NEEDED`.
     """
-    rng = np.random.default_rng(seed)
-    scenes = [sample_scene(rng) for _ in range(count)]
-    seen = [read(paint(scene, 128, 128, 5_000_000 + i).picture) for i, scene in enumerate(scenes)]
-    found = rates(seen, scenes)
-    weak = [f"{name} {found[name]}, needed {least}" for name, least in NEEDED.items() if (found[name] or 0.0) < least]
+    found = [_checked(count, seed) for seed in seeds]
+    least: dict[str, float | None] = {
+        name: min((rate for one in found if (rate := one[name]) is not None), default=None) for name in found[0]
+    }
+    weak = [f"{name} {least[name]}, needed {most}" for name, most in NEEDED.items() if (least[name] or 0.0) < most]
     if weak:
         raise WeakAnalyser(f"on {count} painted pictures the analyser reads {'; '.join(weak)}: it may not judge")
-    return found
+    return least
+
+
+def _checked(count: int, seed: int) -> dict[str, float | None]:
+    rng = np.random.default_rng(seed)
+    scenes = [sample_scene(rng) for _ in range(count)]
+    seen = [read(paint(scene, 128, 128, (seed + 1) * 50_000 + i).picture) for i, scene in enumerate(scenes)]
+    return rates(seen, scenes)

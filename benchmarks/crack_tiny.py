@@ -221,8 +221,8 @@ def say(text: str) -> None:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """The whole report; raises WeakAnalyser before anything is rendered."""
-    report: dict[str, Any] = {"analyser": {"count": 500, **analyser.check(500)}}
-    say(f"analyser on 500 painted pictures: {report['analyser']}")
+    report: dict[str, Any] = {"analyser": {"count": 500, "seeds": len(analyser.SEEDS), **analyser.check(500)}}
+    say(f"analyser on painted pictures, the least of each seed's rates: {report['analyser']}")
     key = model_key(options.model)
     folder = options.out / f"{key}-{options.seed}"
     asked = prompts.prompts(options.count, options.seed)

@@ -97,11 +97,11 @@ MEASURED = """## Measured
 `python -m benchmarks.crack_tiny --count {count}`, model {model}: {count} pictures a row, prompts and seeds that were
 never trained on, with all kinds of walls and cracks as often as the painter draws them. An analyser reads wall colour,
 whether there is a crack, its direction (of cracks that were asked for) and how many of the hairline cracks asked for
-are seen; on {judged} painted pictures it is right in {wall:.3f}, {crack:.3f} and {direction:.3f}. Distance: Frechet
-distance to painted pictures of the same scenes in the {size} features of a small classifier trained on painted
-pictures (benchmarks/features.py; it names walls right in {named:.2f} and directions in {turned:.2f}). Sharpness: mean
-Laplacian, painted pictures are 1. A rate near 0.95 has a standard error of {error:.3f}. Seconds are those of one of
-eight pictures in a micro-batch on {machine}.
+are seen; on {judged} painted pictures of each of {seeds} seeds it is right in at least {wall:.3f}, {crack:.3f} and
+{direction:.3f}. Distance: Frechet distance to painted pictures of the same scenes in the {size} features of a small
+classifier trained on painted pictures (benchmarks/features.py; it names walls right in {named:.2f} and directions in
+{turned:.2f}). Sharpness: mean Laplacian, painted pictures are 1. A rate near 0.95 has a standard error of {error:.3f}.
+Seconds are those of one of eight pictures in a micro-batch on {machine}.
 
 {table}
 
@@ -247,8 +247,8 @@ def _measured(report: dict[str, Any]) -> str:
     promises = [f"- {'reached' if v['reached'] else '**not reached**'}: {v['promise']} ({v['found']})"
                 for v in report["verdicts"]]  # fmt: skip
     return MEASURED.format(
-        count=report["count"], model=report["model"], judged=judge["count"], size=report["features"]["size"],
-        wall=judge["wall"], crack=judge["crack"], direction=judge["direction"],
+        count=report["count"], model=report["model"], judged=judge["count"], seeds=judge["seeds"],
+        size=report["features"]["size"], wall=judge["wall"], crack=judge["crack"], direction=judge["direction"],
         named=right["wall"], turned=right["direction"], error=(0.95 * 0.05 / report["count"]) ** 0.5,
         machine=f"{machine['threads']} threads of {machine['processor']}, device {machine['device']}, load "
         f"{machine['load']} before (torch {machine['torch']}, diffusers {machine['diffusers']})",

@@ -3,7 +3,9 @@
 What a test asks for decides what it pays: `settings` empties a database, `store` makes a bucket.
 """
 
+import os
 import shutil
+import sys
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -22,6 +24,10 @@ from farm.stack import Servers, embedded_servers, settings_from
 from farm.storage import Store
 from tests.databases import Databases
 
+# Read when torch is loaded, here and in every process that a test starts: several of them share few cores, and a thread
+# that waits for others by spinning takes a core from the one it waits for.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 TEMPLATE = "template_farm"
 SHORT = {"api", "client", "farm", "painter"}
 """Folders whose tests take less than a second, nearly all."""
@@ -30,6 +36,14 @@ SHORT = {"api", "client", "farm", "painter"}
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The short ones last: no test process is then left with a long one when the others have nothing any more."""
     items.sort(key=lambda item: item.path.parent.name in SHORT)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Toy layers gain nothing from a second thread, and where test processes share cores waiting for it costs three
+    times what the work does."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -46,7 +46,7 @@ def report(folder: Path) -> dict[str, Any]:
         for way in table(3.0)
     }  # fmt: skip
     made = {
-        "analyser": {"count": 500, "wall": 0.996, "crack": 0.994, "direction": 0.99, "hairlines": 0.98},
+        "analyser": {"count": 500, "seeds": 4, "wall": 0.996, "crack": 0.994, "direction": 0.99, "hairlines": 0.98},
         "model": model_key(folder), "count": 500, "seed": 1, "guidance": 3.0,
         "machine": {"processor": "a toy", "threads": 2, "device": "cpu", "load": 0.1, "torch": "2", "diffusers": "0"},
         "seconds": {"alone": 0.42, "together": 0.2},

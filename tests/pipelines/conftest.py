@@ -33,10 +33,8 @@ def farm_settings(**changes: object) -> Settings:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    """Toy layers gain nothing from a second thread, and waiting for it costs seconds where cores are shared."""
-    torch.set_num_threads(1)
-    # Collecting garbage, which every out-of-memory does, need not look at the libraries' own objects each time.
+def _frozen() -> None:
+    """Collecting garbage, which every out-of-memory does, need not look at the libraries' own objects each time."""
     gc.collect()
     gc.freeze()
 

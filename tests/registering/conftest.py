@@ -13,7 +13,6 @@ from uuid import UUID
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from farm import catalogue, holding, jobs, keys, registrations, submission, uploads
@@ -34,11 +33,6 @@ from workers.pipelines.engine import Engine
 from workers.registering.registrar import Registrar
 
 PROFILE = {"width": 64, "height": 64, "min_size": 64, "max_size": 128}
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
