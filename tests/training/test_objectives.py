@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from farm.errors import FarmError
-from farm.training import VARIABLE, LcmLora, StyleLora
+from farm.training import LcmLora, StyleLora
 from tests.pipelines import toys
-from workers.training import loop, objectives, run
+from workers.training import objectives
 from workers.training.base import Condition, open_base
 from workers.training.distill import Draw, Solver, consistency, huber
 from workers.training.errors import TrainingError
@@ -161,28 +158,3 @@ def test_sizes_fit_the_autoencoder(sd: Path) -> None:
     base.check_size(64, 40)
     with pytest.raises(TrainingError, match="height 44 is no multiple of 8; 48 would be"):
         base.check_size(64, 44)
-
-
-@pytest.mark.timeout(300)
-@pytest.mark.usefixtures("one_thread")
-def test_two_devices_learn_what_one_does_in_two_passes(sd: Path, tmp_path: Path) -> None:
-    """Processes on the CPU, as they are on GPUs: equal random numbers, equal pictures, gradients averaged."""
-    given: dict[str, Any] = {"checkpoint": sd, "data": "painter:3", "size": "32", "steps": 2, "batch": 2, "cpu": True}
-    given |= {"target": ("to_q", "conv1"), "rank": 2, "rate": 0.01}
-    options = StyleLora(**given, devices=2, out=tmp_path / "two")
-    done = subprocess.run(
-        [sys.executable, "-m", "workers.training.launch", "2"],
-        env=os.environ | {VARIABLE: options.model_dump_json(), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("step 2/2") == 1, "one process speaks"
-    # One needs no process of its own, and a process costs more than its two steps.
-    run.train(StyleLora(**given, accumulate=2, out=tmp_path / "one"), say=lambda _: None)
-    two, one = (loop.load(tmp_path / out / "checkpoint.pt")["adapter"] for out in ("two", "one"))
-    assert max(float(value.abs().max()) for name, value in one.items() if "lora_B" in name) > 0.005
-    for name, value in one.items():
-        assert torch.allclose(value, two[name], rtol=1e-4, atol=1e-6), name
