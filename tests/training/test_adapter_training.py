@@ -74,12 +74,14 @@ def test_the_loss_falls(
 
 RESUMED: dict[str, tuple[str, type[Any], dict[str, Any]]] = {
     "lcm-lora on sd, cached": ("sd", LcmLora, {"cache": True, "flip": True, "solver": 25}),
+    "lcm-lora on sdxl": ("sdxl", LcmLora, {"batch": 1, "cache": True}),
     "lora on sdxl, text learns": (
         "sdxl",
         StyleLora,
         {"train_text": True, "accumulate": 2, "crop": "random", "drop_captions": 0.3, "noise_offset": 0.1},
     ),
 }
+"""A style LoRA on sd is killed in test_processes."""
 
 
 @pytest.mark.parametrize("name", RESUMED)
