@@ -10,16 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
-from torch import Tensor
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
 from torch.nn import functional
 
+from benchmarks.geometry import SD_UNET, SDXL_UNET
 from farm.errors import FarmError
 from farm.training import LcmLora, StyleLora
 from tests.pipelines import toys
 from workers.training import objectives
-from workers.training.base import Condition, open_base
-from workers.training.distill import Draw, Solver, consistency, huber
+from workers.training.base import Condition, attach, open_base
+from workers.training.distill import TARGETS, Draw, Solver, consistency, huber
 from workers.training.errors import TrainingError
 
 ALPHAS = DDIMScheduler(**toys.BETAS).alphas_cumprod
@@ -158,3 +159,30 @@ def test_sizes_fit_the_autoencoder(sd: Path) -> None:
     base.check_size(64, 40)
     with pytest.raises(TrainingError, match="height 44 is no multiple of 8; 48 would be"):
         base.check_size(64, 44)
+
+
+def learnt(unet: UNet2DConditionModel, rank: int) -> int:
+    """Weights of an adapter of that rank on every usual layer: of what goes in, and of what comes out."""
+    layers = [
+        part
+        for path, part in unet.named_modules()
+        if isinstance(part, nn.Linear | nn.Conv2d) and f".{path}".endswith(tuple(f".{name}" for name in TARGETS))
+    ]
+    return rank * sum(layer.weight[0].numel() + layer.weight.shape[0] for layer in layers)
+
+
+def test_as_many_weights_learn_as_the_documentation_says() -> None:
+    """Counted on models of true geometry that take no memory; and that it is counted right, on a toy."""
+    toy = toys.unet()
+    count = learnt(toy, 64)
+    base: Any = SimpleNamespace(network=SimpleNamespace(unet=toy, texts=[]))
+    attach(base, TARGETS, chosen=False, rank=64, alpha=64, text=False)
+    assert sum(weight.numel() for weight in toy.parameters() if weight.requires_grad) == count
+    with torch.device("meta"):
+        small, large = (learnt(UNet2DConditionModel(**config), 64) for config in (SD_UNET, SDXL_UNET))
+    # In float32, with AdamW's two moments of each.
+    said = (
+        f"| trainable weights at rank 64 | {small / 1e6:.1f} million: {small * 12 / 1e9:.1f} GB with optimizer "
+        f"| {large / 1e6:.0f} million: {large * 12 / 1e9:.1f} GB with optimizer |"
+    )
+    assert said in (Path(__file__).parents[2] / "docs/training.md").read_text().splitlines()
