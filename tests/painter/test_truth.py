@@ -10,7 +10,7 @@ import pytest
 from farm.painter import Scene, caption, paint, sample_scene
 from farm.painter.scene import WALLS
 
-CLAIMS = {
+CLAIMS: dict[str, dict[object, str]] = {
     "wall": {
         "concrete": r"gr[ea]y|cement|of concrete",
         "yellow": r"yellow|ochre|mustard",

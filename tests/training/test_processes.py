@@ -63,6 +63,7 @@ def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str
     def unheard(*_: object) -> None:
         raise AssertionError
 
+    monkeypatch.chdir(Path(__file__).parents[2])
     monkeypatch.setattr(launch, "PROGRAM", told.__name__)
     monkeypatch.setenv(told.FOLDER, str(tmp_path))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
