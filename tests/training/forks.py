@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from farm.training import VARIABLE, Training
+from tests.training import told
 
 
 class Forks:
-    """A process that has imported the trainer, and forks on demand."""
+    """A process that has imported the trainer and its launcher, and forks on demand."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
@@ -51,10 +52,17 @@ class Forks:
 
         `said` gets what they print. `signals` come in the middle of a pass, counted from 1, and to the last of them.
         """
+        asked = [{**each, VARIABLE: options.model_dump_json()} for each in ranks or ({},)]
+        return self._ask("train", asked, said, signals or {})
+
+    def launch(self, said: Path, **variables: str) -> int:
+        """How the launcher of two processes ends, which are `tests.training.told` here."""
+        return self._ask("launch", [variables], said, {})[0]
+
+    def _ask(self, what: str, asked: list[dict[str, str]], said: Path, signals: Mapping[int, list[int]]) -> list[int]:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        asked = [{**each, VARIABLE: options.model_dump_json()} for each in ranks or ({},)]
-        self._process.stdin.write(json.dumps([asked, str(said), signals or {}]) + "\n")
+        self._process.stdin.write(json.dumps([what, asked, str(said), signals]) + "\n")
         self._process.stdin.flush()
         ended: list[int] = json.loads(self._process.stdout.readline())
         return ended
@@ -79,28 +87,39 @@ def _interrupted(make: Callable[..., Any], signals: Mapping[str, list[int]]) -> 
     return made
 
 
-def _fork(variables: Mapping[str, str], said: str, signals: Mapping[str, list[int]]) -> int:
+def _train(signals: Mapping[str, list[int]]) -> int:
+    from workers.training import objectives, run
+
+    for name in ("distillation", "denoising"):
+        setattr(objectives, name, _interrupted(getattr(objectives, name), signals))
+    return run.main()
+
+
+def _launch() -> int:
+    from workers.training import launch
+
+    launch.PROGRAM = told.__name__
+    return launch.main(2)
+
+
+def _fork(what: str, variables: Mapping[str, str], said: str, signals: Mapping[str, list[int]]) -> int:
     if child := os.fork():
         return child
     for descriptor in (1, 2):
         os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), descriptor)
     os.environ.update(variables)
-    from workers.training import objectives, run
-
-    for name in ("distillation", "denoising"):
-        setattr(objectives, name, _interrupted(getattr(objectives, name), signals))
-    code = run.main()
+    code = _launch() if what == "launch" else _train(signals)
     sys.stdout.flush()
     os._exit(code)
 
 
 def main() -> None:
     """Fork and wait as every line of the input asks."""
-    from workers.training import run  # noqa: F401
+    from workers.training import launch, run  # noqa: F401
 
     for line in sys.stdin:
-        asked, said, signals = json.loads(line)
-        children = [_fork(each, said, signals if each is asked[-1] else {}) for each in asked]
+        what, asked, said, signals = json.loads(line)
+        children = [_fork(what, each, said, signals if each is asked[-1] else {}) for each in asked]
         ended = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         sys.stdout.write(json.dumps(ended) + "\n")
         sys.stdout.flush()

@@ -16,7 +16,7 @@ from farm.training import LcmLora, StyleLora
 from tests.training import told
 from tests.training.conftest import FEW, Folders, hush, weights
 from tests.training.forks import Forks
-from workers.training import launch, loop, run
+from workers.training import loop, run
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("trainers"), pytest.mark.timeout(300)]
 TERM, INT, KILL = signal.SIGTERM, signal.SIGINT, signal.SIGKILL
@@ -57,24 +57,10 @@ def test_signals_end_it_with_its_work_kept(forks: Forks, bases: Folders, picture
 
 
 @pytest.fixture
-def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
+def ranks(forks: Forks, tmp_path: Path) -> list[dict[str, str]]:
     """What the launcher tells each of two processes."""
-
-    def unheard(*_: object) -> None:
-        raise AssertionError
-
-    monkeypatch.chdir(Path(__file__).parents[2])
-    monkeypatch.setattr(launch, "PROGRAM", told.__name__)
-    monkeypatch.setenv(told.FOLDER, str(tmp_path))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    before = {number: signal.signal(number, unheard) for number in (TERM, INT, signal.SIGHUP, signal.SIGQUIT)}
-    try:
-        for ends, code in (("3", 3), (told.STOPPED, 130), ("0", 0)):
-            monkeypatch.setenv(told.ENDS, ends)
-            assert launch.main(2) == code
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    for ends, code in (("3", 3), (told.STOPPED, 130), ("0", 0)):
+        assert forks.launch(tmp_path / "launched", **{told.FOLDER: str(tmp_path), told.ENDS: ends}) == code
     return [json.loads((tmp_path / str(rank)).read_text()) for rank in range(2)]
 
 
