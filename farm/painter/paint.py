@@ -48,7 +48,8 @@ def paint(scene: Scene, width: int, height: int, seed: int) -> Painted:
         cover = np.clip(cover + 1.1 * crumb, 0.0, 1.0)
         depth = float(cracks.uniform(0.80, 0.93)) - 0.05 * np.abs(mottle(cracks, height, width))
         # The lit lip of the crack lies on one side, one pixel away.
-        lip = np.clip(np.roll(cover, (1, 1), (0, 1)) - cover, 0.0, 1.0)
+        lip = np.zeros_like(cover)
+        lip[1:, 1:] = np.clip(cover[:-1, :-1] - cover[1:, 1:], 0.0, 1.0)
         surface = surface * (1.0 - depth * cover + 0.14 * lip)[:, :, None]
     if scene.water:
         surface = soak(surface, weather)

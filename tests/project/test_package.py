@@ -31,7 +31,17 @@ def test_the_wheel_holds_everything_that_runs(wheel: Path) -> None:
     assert {"farm/py.typed", "migrations/env.py", "migrations/versions/0001_create_the_farm.py"} <= names
     assert {
         f"farm/assets/crack-tiny/{file}"
-        for file in ("model_index.json", "profile.json", "lcm-lora.safetensors", "tokenizer/tokenizer.json")
+        for file in (
+            "model_index.json",
+            "profile.json",
+            "README.md",
+            "tokenizer/tokenizer.json",
+            "text_encoder/model.safetensors",
+            "unet/diffusion_pytorch_model.safetensors",
+            "vae/diffusion_pytorch_model.safetensors",
+            "lcm-lora.safetensors",
+            "style-night.safetensors",
+        )
     } <= names
     written = {
         str(path.relative_to(ROOT))

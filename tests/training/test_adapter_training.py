@@ -74,12 +74,14 @@ def test_the_loss_falls(
 
 RESUMED: dict[str, tuple[str, type[Any], dict[str, Any]]] = {
     "lcm-lora on sd, cached": ("sd", LcmLora, {"cache": True, "flip": True, "solver": 25}),
+    "lcm-lora on sdxl": ("sdxl", LcmLora, {"batch": 1, "cache": True}),
     "lora on sdxl, text learns": (
         "sdxl",
         StyleLora,
         {"train_text": True, "accumulate": 2, "crop": "random", "drop_captions": 0.3, "noise_offset": 0.1},
     ),
 }
+"""A style LoRA on sd is killed in test_processes."""
 
 
 @pytest.mark.parametrize("name", RESUMED)
@@ -126,19 +128,6 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(
     assert first == second
     if more.get("cache"):
         assert not any(line.startswith("cache: ") for line in said), "encoded once"
-
-
-def test_a_stopped_run_says_how_to_go_on_and_does(bases: Folders, pictures: Path, tmp_path: Path) -> None:
-    def options(out: str) -> StyleLora:
-        return StyleLora(checkpoint=bases["sd"], data=str(pictures), out=tmp_path / out, steps=3, **FEW)
-
-    run.train(options("straight"), say=hush)
-    said: list[str] = []
-    assert run.train(options("stopped"), say=said.append, stop=lambda: True) == []
-    assert said[-1] == "stopped at step 1 of 3; the same command goes on"
-    assert not (tmp_path / "stopped/lora.safetensors").exists()
-    assert run.train(options("stopped"), say=hush) == [tmp_path / "stopped/lora.safetensors"]
-    assert same(tmp_path / "straight", tmp_path / "stopped")
 
 
 def outputs(unet: Any, texts: list[Any], xl: bool) -> list[torch.Tensor]:

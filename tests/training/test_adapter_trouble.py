@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from farm.training import LcmLora, StyleLora
 from tests.training.conftest import FEW, Folders, hush, weights
-from workers.training import run
+from workers.training import loop, objectives, run
 from workers.training.errors import TrainingError
 from workers.training.formats import export
 
@@ -32,13 +34,44 @@ def small_disk(room: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_nan_ends_the_run_and_keeps_the_last_checkpoint(bases: Folders, pictures: Path, tmp_path: Path) -> None:
-    options = StyleLora(
-        checkpoint=bases["sd"], data=str(pictures), out=tmp_path, steps=5, rate=1e30, save_every=1, **FEW
-    )
-    with pytest.raises(TrainingError, match=r"(loss|gradient) is nan at step \d.*checkpoint.pt"):
-        run.train(options, say=hush)
-    assert all(value.isfinite().all() for value in weights(tmp_path).values())
+def poisoned(real: Callable[..., Any], spoil: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., Any]:
+    """A maker of losses the third of which is spoilt."""
+
+    def made(*given: Any) -> Callable[..., Any]:
+        loss, passes = real(*given), itertools.count(1)
+
+        def spoilt(*batch: Any) -> Any:
+            value = loss(*batch)
+            return spoil(value) if next(passes) == 3 else value
+
+        return spoilt
+
+    return made
+
+
+def test_nan_ends_the_run_and_keeps_the_weights_before_it(
+    bases: Folders, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def options(steps: int, out: str) -> StyleLora:
+        given = {**FEW, "steps": steps, "rate": 1e-2, "save_every": 1, "out": tmp_path / out}
+        return StyleLora(checkpoint=bases["sd"], data=str(pictures), **given)
+
+    run.train(options(2, "good"), say=hush)
+    good = weights(tmp_path / "good")
+    assert any(value.abs().max() > 0 for name, value in good.items() if "lora_B" in name)
+    spoilt: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "loss": lambda value: value * float("nan"),
+        # Zero, but of a slope that is not finite.
+        "gradient": lambda value: (value - value.detach()).sqrt(),
+    }
+    real = objectives.denoising
+    for what, spoil in spoilt.items():
+        monkeypatch.setattr(objectives, "denoising", poisoned(real, spoil))
+        with pytest.raises(TrainingError, match=rf"{what} is nan at step 2.*{what}/checkpoint\.pt"):
+            run.train(options(5, what), say=hush)
+        kept = weights(tmp_path / what)
+        assert all(value.isfinite().all() and torch.equal(value, good[name]) for name, value in kept.items())
+        assert loop.load(tmp_path / what / "checkpoint.pt")["step"] == 2
 
 
 def test_a_full_disk_keeps_the_last_good_checkpoint(bases: Folders, pictures: Path, tmp_path: Path) -> None:

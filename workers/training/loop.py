@@ -125,7 +125,7 @@ def train(
     optimizer = torch.optim.AdamW(weights, lr=plan.rate, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
     done = _resume(checkpoint, modules, averages, optimizer, plan.seed)
     first, started, smooth = done, time.monotonic(), math.nan
-    lap = started
+    lap, lap_step = started, first
     while done < plan.steps and time.monotonic() - started < plan.minutes * 60:
         for group in optimizer.param_groups:
             group["lr"] = plan.rate_at(done)
@@ -146,8 +146,8 @@ def train(
         if done % plan.say_every == 0 or done == plan.steps:
             # The pace of the last lap: a machine that slept or was shared is forgotten at once.
             now = time.monotonic()
-            pace = (now - lap) / min(plan.say_every, done - first)
-            lap = now
+            pace = (now - lap) / (done - lap_step)
+            lap, lap_step = now, done
             left = pace * (plan.steps - done) / 60
             say(f"{checkpoint.stem} {done}/{plan.steps} loss {smooth:.4f} "
                 f"{pace:.3f} s/step {left:.1f} min left")  # fmt: skip
