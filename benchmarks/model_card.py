@@ -57,6 +57,8 @@ This file is written by `python -m benchmarks.model_card` from the benchmark's r
 
 STYLE = "`{name}` is a style adapter: night light, by its weight (0.5 to 1), together with the LCM-LoRA or without."
 
+FILES_TITLE = "## What it is"
+
 DATA = """## Data
 
 {pool:,} pictures of 128x128 pixels from `farm.painter`, seed {seed}: five walls, cracks in three directions, three
@@ -203,6 +205,14 @@ def with_control(text: str, report: dict[str, Any], folder: Path) -> str:
     return f"{before}\n{section}\n\n{LIMITS_TITLE}\n{limits}"
 
 
+def with_files(text: str, folder: Path) -> str:
+    """A card that tells what files there are now. Raises BadRecord when the text is no card."""
+    if text.count(f"\n{FILES_TITLE}\n") != 1:
+        raise BadRecord(f"the card has no section {FILES_TITLE!r}")
+    before, _, after = text.partition(f"\n{FILES_TITLE}\n")
+    return f"{before}\n{FILES_TITLE}\n\n{_parts(folder)}\n\n## {after.partition(chr(10) + '## ')[2]}"
+
+
 def refuse_another(report: dict[str, Any], folder: Path) -> None:
     """Raises BadRecord when the report is about another model."""
     if report["model"] != model_key(folder):
@@ -221,7 +231,7 @@ def card(report: dict[str, Any], made: dict[str, Any], folder: Path) -> str:
             teacher_steps=profile["teacher_steps"],
             guidance=profile["teacher_guidance_scale"],
         ).replace(" \n", "\n"),
-        "## What it is\n\n" + _parts(folder),
+        f"{FILES_TITLE}\n\n{_parts(folder)}",
         DATA.format(**settings, night=NIGHT.format(**made["style"]) if style and "style" in made else ""),
         RECIPE.format(
             style=f"\n    {STYLE_COMMAND}" if style else "",
@@ -275,10 +285,7 @@ def _parts(folder: Path) -> str:
             kinds = sorted({one.get_dtype() for one in slices})
         size = f"{path.stat().st_size / 1e6:.1f} MB"
         lines.append((str(path.relative_to(folder)), f"{count / 1e6:.2f} M", f"{', '.join(kinds)}, {size}"))
-    note = (
-        "\n\nThe text encoder is stored in fp32: transformers 5 loads a model in the type it was stored in, diffusers"
-    )
-    return table(("file", "weights", "stored"), lines) + note + " in\nfloat32, and a pipeline of both does not run."
+    return table(("file", "weights", "stored"), lines)
 
 
 def _product(shape: Sequence[int]) -> int:
@@ -331,6 +338,7 @@ def main(arguments: list[str] | None = None) -> int:
             text = with_honing(text, made)
         if given.control:
             text = with_control(text, json.loads(given.control.read_text("utf-8")), given.model)
+        text = with_files(text, given.model)
         (given.model / "README.md").write_text(text, "utf-8")
         for name, target in SHEETS.items() if given.docs else ():
             if (path.parent / name).exists():

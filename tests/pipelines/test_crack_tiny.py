@@ -131,8 +131,7 @@ def test_the_files_are_as_small_and_as_whole_as_the_card_says() -> None:
     assert NIGHT.stat().st_size <= 5_000_000
     files = {str(path.relative_to(MODEL)): path for path in MODEL.rglob("*.safetensors")}
     types = {name: {tensor.dtype for tensor in read_header(path).tensors.values()} for name, path in files.items()}
-    # transformers loads a text encoder in the type it was stored in, diffusers all else in float32.
-    assert types == {name: {"F32" if name.startswith("text_encoder/") else "F16"} for name in files}
+    assert types == {name: {"F16"} for name in files}
     card = (MODEL / "README.md").read_text()
     assert dict(re.findall(r"(?m)^\| (\S+\.safetensors) \|.*, (\d+\.\d) MB \|$", card)) == {
         name: f"{path.stat().st_size / 1e6:.1f}" for name, path in files.items()

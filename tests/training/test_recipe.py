@@ -54,6 +54,8 @@ def test_every_stage_runs_stops_by_the_clock_and_goes_on(
     assert crack_tiny.main(command) == 0
     made = weights(out)
     pipe = StableDiffusionPipeline.from_pretrained(out)
+    assert {value.dtype for value in made.values()} == {torch.float16}, "on disk"
+    assert {pipe.unet.dtype, pipe.vae.dtype, pipe.text_encoder.dtype} == {torch.float32}, "as stock diffusers loads it"
     pipe.load_lora_weights(out, weight_name="lcm-lora.safetensors")
     pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)

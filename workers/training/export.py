@@ -27,8 +27,8 @@ def export_pipeline(
 ) -> None:
     """Write an unmodified StableDiffusionPipeline folder, without a safety checker.
 
-    UNet and autoencoder are stored in fp16. The text encoder stays float32: transformers 5 loads a
-    model in the type it was stored in, diffusers in float32, and a pipeline of both does not run.
+    All weights are stored in fp16. transformers 5 loads a text encoder in the type that its config names, diffusers all
+    else in float32, and a pipeline of both types does not run: so the config says float32.
     """
     pipeline = StableDiffusionPipeline(
         vae=vae,
@@ -45,6 +45,9 @@ def export_pipeline(
     text.to(torch.float32)
     try:
         pipeline.save_pretrained(folder, safe_serialization=True)
+        weights = folder / "text_encoder" / "model.safetensors"
+        halves = {name: value.half() for name, value in load_file(weights).items()}
+        save_file(halves, weights, metadata={"format": "pt"})
         # The slow-format pair beside tokenizer.json: readers without `tokenizers` need it.
         state = json.loads((folder / "tokenizer" / "tokenizer.json").read_text("utf-8"))
         pairs = [" ".join(p) if isinstance(p, list) else p for p in state["model"]["merges"]]
