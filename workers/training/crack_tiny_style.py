@@ -44,8 +44,8 @@ class Settings:
 
     seed: int = 31
     pictures: int = 1_500
-    steps: int = 500
-    rate: float = 5e-4
+    steps: int = 1_000
+    rate: float = 8e-4
     batch: int = 16
     rank: int = 8
     drop: float = 0.1
