@@ -4,9 +4,10 @@
 
 An analyser reads walls and cracks from pixels; it is judged on painted pictures first and the program stops if it
 reads them badly. Then 500 pictures for each row of the table, with prompts and seeds that were never trained on, and
-contact sheets. Everything is kept in DIR/MODEL-HASH piece by piece: the same command goes on after a stop, and a
-smaller `--count` is the beginning of a larger one. Needs torch, diffusers, transformers, peft, numpy and Pillow.
-`python -m benchmarks.model_card` turns the report into the model's README.
+contact sheets. Everything is kept in DIR/MODEL-HASH piece by piece: the same command goes on after a stop, a smaller
+`--count` is the beginning of a larger one, and another LCM-LoRA has the teacher's pictures already. Needs torch,
+diffusers, transformers, peft, numpy and Pillow. `python -m benchmarks.model_card` turns the report into the model's
+README.
 """
 
 from __future__ import annotations
@@ -75,18 +76,23 @@ class Pace:
 
 @dataclass
 class Bench:
-    """One model, one list of prompts, and the folder where their pictures are kept."""
+    """One model, one list of prompts, and the folders where their pictures are kept: `teacher` has what does not depend
+    on the LCM-LoRA."""
 
     renderer: Renderer
     folder: Path
+    teacher: Path
     pace: Pace
+
+    def place(self, way: Way) -> Path:
+        return self.folder if way.lcm else self.teacher
 
     def pictures(self, way: Way, asked: list[Asked], series: str) -> tuple[Pictures, float]:
         """The pictures of a row, rendered where they are not there yet, and median seconds a picture."""
         parts, took = [], []
         for start in range(0, len(asked), PIECE):
             part = asked[start : start + PIECE]
-            made, seconds, fresh = self._piece(way, part, self.folder / series / way.name / f"{start:05}.npz")
+            made, seconds, fresh = self._piece(way, part, self.place(way) / series / way.name / f"{start:05}.npz")
             parts.append(made)
             took += seconds
             self.pace.expect(way, len(asked) - start - len(part))
@@ -137,7 +143,7 @@ class Judge:
 
 def judged(bench: Bench, way: Way, judge: Judge) -> dict[str, Any]:
     """One row of the table, kept as JSON as long as model, prompts and judges stay the same."""
-    path = bench.folder / "rows" / f"{way.name}-{len(judge.asked)}.json"
+    path = bench.place(way) / "rows" / f"{way.name}-{len(judge.asked)}.json"
     if path.exists():
         row: dict[str, Any] = json.loads(path.read_text("utf-8"))
         if row["judge"] == judge.name:
@@ -235,7 +241,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     seconds, pace = timing(renderer, asked)
     for way in ways:
         pace.expect(way, len(asked))
-    bench = Bench(renderer, folder, pace)
+    teacher = options.out / f"teacher-{model_key(options.model, lcm=False)}-{options.seed}"
+    bench = Bench(renderer, folder, teacher, pace)
     say(f"model {key}, {len(ways)} rows of {len(asked)} pictures: at most {pace.eta}")
     other = prompts.painted(asked, 1)
     report |= {

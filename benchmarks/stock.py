@@ -48,9 +48,9 @@ class Way:
         return name + ("-guided" if self.guidance > 1 else "") + (f"-style-{self.style:g}" if self.style else "")
 
 
-def model_key(folder: Path) -> str:
-    """A hash over everything in the folder that decides pixels without a style."""
-    paths = [path for part in PARTS for path in (folder / part).glob("*.*")] + [folder / LCM]
+def model_key(folder: Path, lcm: bool = True) -> str:
+    """A hash over everything in the folder that decides pixels without a style; without LCM-LoRA too, if not `lcm`."""
+    paths = [path for part in PARTS for path in (folder / part).glob("*.*")] + ([folder / LCM] if lcm else [])
     sums = [f"{path.relative_to(folder)} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in sorted(paths)]
     return hashlib.sha256("\n".join(sums).encode()).hexdigest()[:16]
 

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def stub(tmp_path: Path) -> Stub:
 
 
 def bench(stub: Stub, folder: Path) -> Bench:
-    return Bench(stub, folder, Pace(0.1, 0.1))  # type: ignore[arg-type]
+    return Bench(stub, folder, folder / "teacher", Pace(0.1, 0.1))  # type: ignore[arg-type]
 
 
 def test_prompts_name_everything_and_were_never_captions() -> None:
@@ -127,12 +128,18 @@ def test_a_row_is_kept_until_its_judge_changes(stub: Stub, tmp_path: Path) -> No
     assert (row["passes"], row["steps"], row["lcm"], row["seconds"]) == (4, 2, False, 0.5)
     assert row["wall"] < 1
     assert row["sharpness"] > 1, "noise is sharper than walls"
-    (kept,) = (tmp_path / "rows").glob("*.json")
+    (kept,) = (tmp_path / "teacher" / "rows").glob("*.json")
     kept.write_text(kept.read_text().replace('"seconds": 0.5', '"seconds": 0.25'))
     assert judged(bench(stub, tmp_path), Way(False, 2, 3.0), judge)["seconds"] == 0.25
     judge.name = "judge two"
     assert judged(bench(stub, tmp_path), Way(False, 2, 3.0), judge)["seconds"] == 0.5
     assert stub.made == 16, "pictures are kept, judged or not"
+    another = replace(bench(stub, tmp_path), folder=tmp_path / "another LCM-LoRA")
+    judged(another, Way(False, 2, 3.0), judge)
+    assert stub.made == 16, "the teacher's stay"
+    for _ in range(2):
+        judged(another, Way(True, 2), judge)
+    assert stub.made == 32
 
 
 def test_the_table_has_every_row_and_its_passes() -> None:
@@ -160,8 +167,12 @@ def test_the_model_is_known_by_its_weights(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("# a card")
     (tmp_path / "style-night.safetensors").write_bytes(b"1")
     assert model_key(tmp_path) == key
-    (tmp_path / "scheduler" / "config.json").write_text("[]")
+    teacher = model_key(tmp_path, lcm=False)
+    (tmp_path / "lcm-lora.safetensors").write_bytes(b"2")
     assert model_key(tmp_path) != key
+    assert model_key(tmp_path, lcm=False) == teacher
+    (tmp_path / "scheduler" / "config.json").write_text("[]")
+    assert model_key(tmp_path, lcm=False) != teacher
 
 
 def test_verdicts_name_what_is_not_reached() -> None:

@@ -85,15 +85,15 @@ class Settings:
 
 # Shows in ten minutes on two cores that the recipe is real; the pictures stay rough.
 QUICK = Settings(
-    pool=1_500,
-    autoencoder_steps=500,
-    refine_steps=200,
+    pool=1_000,
+    autoencoder_steps=350,
+    refine_steps=100,
     words_steps=200,
-    base_steps=500,
-    distil_steps=100,
-    decoder_steps=60,
-    reader_steps=200,
-    sharpen_steps=60,
+    base_steps=350,
+    distil_steps=60,
+    decoder_steps=30,
+    reader_steps=150,
+    sharpen_steps=30,
 )
 
 
