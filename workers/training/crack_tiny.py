@@ -86,14 +86,14 @@ class Settings:
 # Shows in ten minutes on two cores that the recipe is real; the pictures stay rough.
 QUICK = Settings(
     pool=1_000,
-    autoencoder_steps=350,
-    refine_steps=100,
-    words_steps=200,
-    base_steps=350,
-    distil_steps=60,
-    decoder_steps=30,
-    reader_steps=150,
-    sharpen_steps=30,
+    autoencoder_steps=250,
+    refine_steps=60,
+    words_steps=150,
+    base_steps=250,
+    distil_steps=40,
+    decoder_steps=20,
+    reader_steps=100,
+    sharpen_steps=20,
 )
 
 
