@@ -182,7 +182,9 @@ def check(count: int = 500, seeds: Sequence[int] = SEEDS) -> dict[str, float | N
     least: dict[str, float | None] = {
         name: min((rate for one in found if (rate := one[name]) is not None), default=None) for name in found[0]
     }
-    weak = [f"{name} {least[name]}, needed {most}" for name, most in NEEDED.items() if (least[name] or 0.0) < most]
+    weak = [
+        f"{name} {least[name]}, needed {needed}" for name, needed in NEEDED.items() if (least[name] or 0.0) < needed
+    ]
     if weak:
         raise WeakAnalyser(f"on {count} painted pictures the analyser reads {'; '.join(weak)}: it may not judge")
     return least
