@@ -36,15 +36,18 @@ class WeakAnalyser(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What the analyser reads: `direction` is "none" where it sees no crack."""
+    """What the analyser reads: `direction` is "none" where it sees no crack; `rising` whether the lines together go up
+    from left to right."""
 
     wall: str
     direction: str
+    rising: bool = False
 
 
 def read(picture: Picture) -> Seen:
     """Everything the analyser can say about a picture (uint8, height, width, 3)."""
-    return Seen(read_wall(picture), read_direction(picture))
+    angle = read_angle(picture)
+    return Seen(read_wall(picture), _named(angle), angle is not None and angle > 0.0)
 
 
 def read_wall(picture: Picture) -> str:
@@ -71,6 +74,18 @@ def read_wall(picture: Picture) -> str:
 
 def read_direction(picture: Picture) -> str:
     """The direction of the long dark lines together, or "none" if no line is long and deep enough."""
+    return _named(read_angle(picture))
+
+
+def _named(angle: float | None) -> str:
+    if angle is None:
+        return "none"
+    return "horizontal" if abs(angle) < 22.5 else "vertical" if abs(angle) > 67.5 else "diagonal"
+
+
+def read_angle(picture: Picture) -> float | None:
+    """Degrees between the long dark lines together and the ground, -90 to 90, more than 0 where they rise to the right;
+    None if no line is long and deep enough."""
     turn, total = 0j, 0.0
     for group in _lines(picture):
         length = float(np.hypot(*np.ptp(group, axis=0)))
@@ -81,10 +96,8 @@ def read_direction(picture: Picture) -> str:
         # Doubling the angle makes opposite headings equal.
         turn += length**2 * (along / abs(along)) ** 2
         total += length**2
-    if total == 0.0:
-        return "none"
-    angle = abs(np.degrees(np.angle(turn)) / 2)
-    return "horizontal" if angle < 22.5 else "vertical" if angle > 67.5 else "diagonal"
+    # Rows are counted downwards.
+    return float(-np.degrees(np.angle(turn)) / 2) if total else None
 
 
 def read_crack(picture: Picture) -> NDArray[np.bool_]:
@@ -166,6 +179,13 @@ def rates(seen: Sequence[Seen], meant: Sequence[Scene]) -> dict[str, float | Non
         "direction": _share([s.direction == m.direction for s, m in cracked]),
         "hairlines": _share([s.direction != "none" for s, m in cracked if m.width == "hairline"]),
     }
+
+
+def rising(seen: Sequence[Seen], meant: Sequence[Scene]) -> float | None:
+    """Of the diagonal cracks that were meant and read, the share that rises from left to right: captions leave it open,
+    and the painter lets half of them rise."""
+    diagonal = [s.rising for s, m in zip(seen, meant, strict=True) if s.direction == m.direction == "diagonal"]
+    return _share(diagonal)
 
 
 def _share(right: Sequence[bool]) -> float | None:

@@ -134,8 +134,10 @@ class Judge:
 
     def __call__(self, pictures: Pictures) -> dict[str, Any]:
         scenes = [one.scene for one in self.asked]
+        seen = [analyser.read(one) for one in pictures]
         return {
-            **analyser.rates([analyser.read(one) for one in pictures], scenes),
+            **analyser.rates(seen, scenes),
+            "rising": analyser.rising(seen, scenes),
             "distance": features.distance(features.look(self.eye, pictures), self.seen),
             "sharpness": round(features.sharpness(pictures) / self.sharp, 3),
         }

@@ -20,7 +20,8 @@ def test_it_reads_painted_pictures_as_well_as_it_must() -> None:
 def test_each_wall_with_each_direction(wall: str, direction: str) -> None:
     for seed, width in enumerate(WIDTHS):
         picture = paint(Scene(wall=wall, direction=direction, width=width), 128, 128, seed).picture
-        assert analyser.read(picture) == Seen(wall, direction)
+        seen = analyser.read(picture)
+        assert (seen.wall, seen.direction) == (wall, direction)
 
 
 def test_running_water_is_no_crack() -> None:
@@ -36,6 +37,21 @@ def test_lines_are_read_from_any_picture() -> None:
     wall[:, 50:52] = 20
     assert analyser.read_direction(wall) == "vertical"
     assert analyser.read_direction(wall.transpose(1, 0, 2)) == "horizontal"
+
+
+def test_diagonals_rise_or_fall() -> None:
+    wall = np.full((96, 96, 3), 150, np.uint8)
+    for row in range(96):
+        wall[row, max(0, row - 1) : row + 1] = 20
+    falling, rising = analyser.read(wall), analyser.read(wall[:, ::-1])
+    assert (falling.direction, falling.rising) == ("diagonal", False)
+    assert (rising.direction, rising.rising) == ("diagonal", True)
+    assert analyser.read_angle(np.full((96, 96, 3), 150, np.uint8)) is None
+    diagonal, other = Scene("concrete", "diagonal"), Scene("concrete", "vertical")
+    meant = [diagonal, diagonal, diagonal, diagonal, other]
+    seen = [rising, rising, falling, Seen("concrete", "vertical", rising=True), rising]
+    assert analyser.rising(seen, meant) == 0.6667, "neither what was not meant nor what was not read"
+    assert analyser.rising(seen[3:], meant[3:]) is None
 
 
 def test_rates_count_what_was_meant() -> None:

@@ -39,7 +39,15 @@ def folder(tmp_path: Path) -> Path:
 
 
 def report(folder: Path) -> dict[str, Any]:
-    row = {"wall": 0.98, "crack": 0.97, "direction": 0.96, "hairlines": None, "distance": 1.25, "sharpness": 0.912}
+    row = {
+        "wall": 0.98,
+        "crack": 0.97,
+        "direction": 0.96,
+        "hairlines": None,
+        "rising": 0.45,
+        "distance": 1.25,
+        "sharpness": 0.912,
+    }
     rows = {
         way.name: {**row, "lcm": way.lcm, "steps": way.steps, "guidance": way.guidance, "passes": way.passes,
                    "seconds": 0.1 * way.passes}
@@ -78,8 +86,8 @@ def test_the_card_says_what_was_measured(folder: Path, tmp_path: Path) -> None:
     lines = text.splitlines()
     assert "| autoencoder | 100 | 16 crops of 64x64, then 4 whole pictures | 0.001 | 0.400 | 0.02 |" in lines
     assert "| base | 300 | 16 | 0.0007 | 0.090 | 0.04 |" in lines, "what was done, where it is less than planned"
-    assert "| LCM-LoRA, 4 steps | 4 | 0.980 | 0.970 | 0.960 | - | 1.25 | 0.91 | 0.40 |" in lines
-    assert "| DDIM, guidance 3, 50 steps | 100 | 0.980 | 0.970 | 0.960 | - | 1.25 | 0.91 | 10.00 |" in lines
+    assert "| LCM-LoRA, 4 steps | 4 | 0.980 | 0.970 | 0.960 | - | 0.450 | 1.25 | 0.91 | 0.40 |" in lines
+    assert "| DDIM, guidance 3, 50 steps | 100 | 0.980 | 0.970 | 0.960 | - | 0.450 | 1.25 | 0.91 | 10.00 |" in lines
     assert "| unet/diffusion_pytorch_model.safetensors | 0.07 M | F16, 0.1 MB |" in lines
     assert "- Smells of paint." in lines
     assert sum(line.startswith("- **not reached**: 4 UNet passes") for line in lines) == 2
@@ -174,6 +182,7 @@ def test_what_was_gone_on_with_is_told_before_what_was_measured(folder: Path, tm
         assert f"| sharpen | 50 | 16 | 0.0002 | {float(loss):.3f} | 0.10 |" in section.splitlines()
         assert "| style | 25 | 16 | 0.001 | 0.030 | 0.03 |" in section.splitlines()
         assert "one toy core; 0.1 hours in all, as the logs tell. It slept." in section.replace("\n", " ")
+        assert "walks of 4, 8, 8 steps" in section
         assert "style | 25" not in before, "the style that is there is told of once"
         assert measured == whole.partition("\n## Measured\n")[2], "all else stays"
     with pytest.raises(SystemExit):

@@ -2,8 +2,10 @@
 
 import functools
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -81,6 +83,7 @@ def honed(model: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = weights(model)
     steps = [word for stage in ("words", "reader", "sharpen") for word in (f"--{stage}-steps", "1")]
     command = ["--model", str(model), "--work", str(work), "--pool", "8", *steps, "--direction", "2.5"]
+    command += ["--crossed", "4", "--walks", "2", "1", "--deep", "2"]
 
     # Its adapter is taken as it is: written again, it is the same file but for what rounding to half did.
     unet = UNet2DConditionModel.from_pretrained(model / "unet", torch_dtype=torch.float32)
@@ -97,7 +100,8 @@ def honed(model: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert made.keys() == was.keys()
     ups = [name for name in made if name.endswith("lora_up.weight")]
     assert any(not torch.equal(made[name], was[name]) for name in ups)
-    assert json.loads((work / "hone-settings.json").read_text("utf-8"))["direction"] == 2.5
+    told = json.loads((work / "hone-settings.json").read_text("utf-8"))
+    assert (told["direction"], told["crossed"], told["walks"]) == (2.5, 4, [2, 1])
     pipe = StableDiffusionPipeline.from_pretrained(model)
     pipe.load_lora_weights(work, weight_name="lcm-lora.safetensors")
     # The model itself is as it was.
@@ -112,3 +116,15 @@ def honed(model: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
         )
     assert crack_tiny_hone.main(["--model", str(work), "--work", str(work)]) == 1
     assert "is not a crack-tiny to go on with" in capsys.readouterr().err
+    for wrong in (["--walks", "0"], ["--walks", "4", "51"], ["--wet", "0"]):
+        assert crack_tiny_hone.main([*command, *wrong]) == 1
+        assert "walks are of 1 to 50 steps and wet walls" in capsys.readouterr().err
+
+
+def test_wet_walls_are_asked_for_more_often(tmp_path: Path) -> None:
+    recipe = crack_tiny_hone.Honing(tmp_path, replace(crack_tiny.Settings(), pool=12), wet=3.0)
+    wet = np.array([scene.water for scene in recipe.pool().scenes])
+    assert 0 < wet.sum() < len(wet)
+    odds = recipe.odds()
+    assert odds.sum() == pytest.approx(1.0)
+    assert odds[wet] == pytest.approx(3.0 * odds[~wet][0])

@@ -10,13 +10,13 @@ import torch
 from diffusers import LCMScheduler, UNet2DConditionModel
 from torch import Tensor
 
-from farm.painter import paint, sample_scene
+from farm.painter import Scene, paint, sample_scene
 from farm.painter.scene import DIRECTIONS, FORMS
 from workers.training import diffusion, distill, sharpen
 from workers.training.errors import TrainingError
 from workers.training.loop import Plan, load
 from workers.training.pool import Pool
-from workers.training.questions import LEANS, lean
+from workers.training.questions import CROSSED, LEANS, crossed, lean
 
 SIZE = diffusion.Size(channels=(16, 16, 32), heads=2, text_width=16, text_layers=1, latent=4, grid=4)
 ALPHAS = diffusion.scheduler().alphas_cumprod
@@ -152,6 +152,95 @@ def test_diagonals_lean_one_way_or_the_other() -> None:
     assert all(
         here == there == sharpen.UNKNOWN or here == 1 - there for here, there in zip(found, mirrored, strict=True)
     )
+
+
+def test_what_was_usual_counts_against_an_answer() -> None:
+    even, asked = sharpen.Even({"lean": 2}), torch.tensor([True] * 8)
+    rng = torch.Generator().manual_seed(6)
+    for _ in range(40):
+        # Seven in eight are surely the first, by more or by less.
+        logits = torch.stack((4.0 + torch.randn(8, generator=rng), torch.zeros(8)), 1)
+        logits[0, 0] = -4.0
+        right = even.right("lean", logits, asked)
+    assert right[0] == 1, "what is the other one stays it"
+    # Of the rest those that are the least sure are asked to be: so many that it is half.
+    assert 2 <= int(right.sum()) <= 6
+    assert logits[right == 0, 0].min() >= logits[right == 1, 0].max()
+    assert len(even.values["lean"]) == sharpen.REMEMBERED
+    untold = even.right("lean", logits, torch.tensor([False] * 8))
+    assert torch.equal(untold, right)
+    assert torch.equal(sharpen.Even({"lean": 2}).right("lean", logits, ~asked), logits.argmax(1)), "nothing is usual"
+
+
+def test_two_steps_answer_for_what_is_read() -> None:
+    """Deeper, the same picture has another gradient: the step before is in it."""
+    unet = student()
+    torch.manual_seed(2)
+    for name, weight in unet.named_parameters():
+        if ".lora_B." in name:
+            weight.data.normal_(std=0.1)
+    walker = sharpen.Student(unet, diffusion.scheduler(), bf16=False)
+    found = {}
+    for deep in (1, 2, 3):
+        torch.manual_seed(4)
+        made = walker.walk(states(torch.tensor([0, 1])), torch.zeros(2, 4, 4, 4), 4, 2, deep)
+        unet.zero_grad()
+        made.square().sum().backward()
+        grads = [weight.grad.flatten() for weight in unet.parameters() if weight.grad is not None]
+        found[deep] = made.detach(), torch.cat(grads)
+    assert all(torch.equal(made, found[1][0]) for made, _ in found.values())
+    assert not torch.allclose(found[1][1], found[2][1], rtol=1e-3)
+    assert not torch.allclose(found[2][1], found[3][1], rtol=1e-3)
+
+
+def lined(water: bool, *ways: str) -> tuple[np.ndarray, list[Scene]]:
+    """Bright walls, one for each way, with a dark line that runs so; "falling" and "rising" are diagonal."""
+    ruler = np.zeros((64, 64), np.uint8)
+    ruler[:, 31:33] = 255
+    slope = np.maximum(np.eye(64, dtype=np.uint8), np.eye(64, k=1, dtype=np.uint8)) * np.uint8(255)
+    drawn = {
+        "vertical": ruler,
+        "horizontal": ruler.T,
+        "falling": slope,
+        "rising": slope[::-1],
+        "none": np.zeros_like(ruler),
+    }
+    masks = np.stack([drawn[way] for way in ways])
+    walls = np.where(masks > 0, 10, 200).astype(np.uint8)
+    names = ["diagonal" if way in LEANS else way for way in ways]
+    return np.stack([walls, walls, walls, masks], -1), [Scene(direction=name, water=water) for name in names]
+
+
+def test_cracks_put_together_are_known_for_what_they_are() -> None:
+    ways = ("vertical", "horizontal", "falling", "rising", "none")
+    (dry, first), (wet, second) = (lined(water, *ways) for water in (False, True))
+    odd = replace(first[0], wall="brick", direction="none")  # no cracked wall of bricks to take a crack from
+    pool = Pool(np.concatenate((dry, wet, dry[4:])), [*first, *second, odd])
+    made, known = crossed(pool, 80, np.random.default_rng(1))
+    masks = {way: dry[number, :, :, 3] > 0 for number, way in enumerate(ways)}
+    halves, together = 0, 0
+    for number, (picture, scene) in enumerate(zip(made.pixels, made.scenes, strict=True)):
+        assert scene.water is (number % 2 == 0)
+        assert scene.wall == "concrete"
+        assert np.array_equal(picture[:, :, 0] < 100, picture[:, :, 3] > 0), "what is dark is in the mask"
+        # Lines meet in the middle: away from it, what is there tells which they are.
+        share = {way: (picture[:, :, 3] > 0)[mask].mean() for way, mask in masks.items() if mask.any()}
+        there = [way for way, lit in share.items() if lit > 0.3]
+        halves += any(0.3 < share[way] < 0.9 for way in there)
+        together += len(there) == 2
+        answer = int(known["direction"][number])
+        assert answer == (
+            CROSSED if len(there) == 2 else DIRECTIONS.index("diagonal" if there[0] in LEANS else there[0])
+        )
+        leaning = len(there) == 1 and there[0] in LEANS
+        assert known["lean"][number] == (LEANS.index(there[0]) if leaning else sharpen.UNKNOWN)
+    assert 20 < together < 75
+    assert halves > 10
+    assert set(known["width"]) == set(known["form"]) == {sharpen.UNKNOWN}
+    again, _ = crossed(pool, 80, np.random.default_rng(1))
+    assert np.array_equal(again.pixels, made.pixels)
+    with pytest.raises(TrainingError, match="none of 1 walls is cracked"):
+        crossed(Pool(dry[4:], [odd]), 4, np.random.default_rng(1))
 
 
 def test_the_adapter_learns_to_show_what_was_asked_for(tmp_path: Path, reader: sharpen.Reader) -> None:

@@ -26,7 +26,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from farm.painter import caption, sample_scene
 from workers.training import autoencoder, diffusion, distill, sharpen, tokens
-from workers.training.errors import UNFINISHED, TrainingError, UnfinishedError
+from workers.training.errors import exit_status
 from workers.training.export import export_lora, export_pipeline, export_profile
 from workers.training.loop import Plan
 from workers.training.pool import Pool, open_pool
@@ -238,14 +238,18 @@ class Recipe:
         )
         return model
 
-    def seen(self) -> tuple[dict[str, int], dict[str, NDArray[np.int64]]]:
-        """How many answers each of the reader's questions has, and the right ones about the pool."""
+    def seen(self) -> tuple[Latents, dict[str, int], dict[str, NDArray[np.int64]]]:
+        """What the reader learns from: latents, how many answers each question has, and the right ones."""
         scenes = self.pool().scenes
         known = answers(scenes)
         whole = np.array([not scene.cracked for scene in scenes])
         for name in ("width", "form"):
             known[name][whole] = sharpen.UNKNOWN
-        return MEANINGS.kinds, known
+        return self.latents(), MEANINGS.kinds, known
+
+    def odds(self) -> NDArray[np.float64] | None:
+        """How likely the student is asked for what each wall of the pool shows; None: all alike."""
+        return None
 
     def wanted(self, told: dict[str, Tensor]) -> dict[str, Tensor]:
         """What the reader should find, by what captions say."""
@@ -253,12 +257,12 @@ class Recipe:
 
     def reader(self) -> sharpen.Reader:
         size = diffusion.Size()
-        kinds, known = self.seen()
+        latents, kinds, known = self.seen()
         torch.manual_seed(self.settings.seed + 6)
         reader = sharpen.Reader(size.latent, kinds)
         sharpen.learn_to_read(
             reader,
-            self.latents(),
+            latents,
             known,
             diffusion.scheduler().alphas_cumprod,
             blur=sharpen.Sharpening().blur,
@@ -276,10 +280,10 @@ class Recipe:
         """The same adapter, taught by how well a reader recognises what it makes."""
         unet, text = self.distil()
         pool, tokenizer = self.pool(), self.tokenizer()
-        heads, size = self.words_with_answers()[1], diffusion.Size()
+        heads, size, odds = self.words_with_answers()[1], diffusion.Size(), self.odds()
 
         def trial(rng: np.random.Generator) -> sharpen.Asked:
-            chosen = rng.integers(0, len(pool.scenes), self.settings.distil_batch)
+            chosen = rng.choice(len(pool.scenes), self.settings.distil_batch, p=odds)
             ids = diffusion.token_ids(tokenizer, pool.captions(chosen, rng))
             told = {}
             with torch.no_grad():
@@ -376,18 +380,16 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(given["threads"])
     settings = Settings(**{**start, **chosen, "bf16": not given["float32"]})
     recipe = Recipe(given["work"], settings, given["minutes"], given["compile"], partial(print, flush=True))
-    try:
-        if given["stage"] == "export":
-            recipe.export(given["out"] or given["work"] / "crack-tiny")
-        else:
+    out = given["out"] or given["work"] / "crack-tiny"
+
+    def work() -> str:
+        if given["stage"] != "export":
             getattr(recipe, given["stage"])()
-    except UnfinishedError as pause:
-        sys.stderr.write(f"{pause}\n")
-        return UNFINISHED
-    except (TrainingError, OSError) as error:
-        sys.stderr.write(f"training stopped: {error}\n")
-        return 1
-    return 0
+            return f"{given['work']}: {given['stage']} is done"
+        recipe.export(out)
+        return f"{out}: the model"
+
+    return exit_status(work)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ first half, beside the frozen UNet, to bring the cracks where the mask has them.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import sys
@@ -20,19 +19,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DConditionModel
+from diffusers import ControlNetModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
 
 from workers.training import diffusion
-from workers.training.errors import UNFINISHED, TrainingError, UnfinishedError
+from workers.training.errors import TrainingError, exit_status
+from workers.training.finished import mark, open_finished
 from workers.training.loop import Plan, Say, train
 from workers.training.pool import open_pool
 
 NAME = "mask"
 SIDE = 128
-PARTS = ("unet", "vae", "text_encoder", "tokenizer")
 CONDITIONING = (16, 32, 64, 96, 128)
 """Channels on the way from the mask's pixels to latents: one more than the autoencoder halves."""
 LARGEST = 20_000_000
@@ -96,33 +94,24 @@ def fit(folder: Path, work: Path, settings: Settings, *, minutes: float = math.i
 
     Raises TrainingError when the folder is no model or a checkpoint cannot be written.
     """
-    if not (folder / "model_index.json").is_file():
-        raise TrainingError(f"{folder} is not a model to control: it has no model_index.json")
-    try:
-        unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32)
-        vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
-        text = CLIPTextModel.from_pretrained(folder / "text_encoder").float().eval()
-        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-        schedule = DDIMScheduler.from_pretrained(folder / "scheduler")
-        mark = _mark(folder, settings)
-    except (OSError, ValueError) as error:
-        raise TrainingError(f"{folder} is not a model to control: {error}") from error
+    model = open_finished(folder, "to control")
+    mine = mark(folder, settings.seed, settings.pictures)
+    unet, schedule = model.unet, model.schedule
     torch.manual_seed(settings.seed)
-    net = controlnet_for(unet, len(vae.config.block_out_channels) - 1)
-    for module in (unet, net):
-        # As in the base training: the backward pass of torch's fused attention is slow on CPUs.
-        module.set_attn_processor(AttnProcessor())
-        module.to(memory_format=torch.channels_last)
+    net = controlnet_for(unet, len(model.vae.config.block_out_channels) - 1)
+    # As in the base training: the backward pass of torch's fused attention is slow on CPUs.
+    net.set_attn_processor(AttnProcessor())
+    net.to(memory_format=torch.channels_last)
     unet.requires_grad_(False).eval()
     walls = open_pool(work, settings.pictures, SIDE, settings.seed)
-    latents = diffusion.encode_pool(vae.eval(), walls, work / f"control-{NAME}-{mark}.npy")
+    latents = diffusion.encode_pool(model.vae, walls, work / f"control-{NAME}-{mine}.npy")
     importance = walls.importance(latents.shape[-1], settings.cracks)
 
     def step(_: int, rng: np.random.Generator) -> Tensor:
         clean, texts, chosen = diffusion.batch_of(latents, walls.captions, settings.batch, rng)
         texts = ["" if rng.random() < settings.drop else t for t in texts]
         with torch.no_grad():
-            states = text(diffusion.token_ids(tokenizer, texts)).last_hidden_state
+            states = model.text(diffusion.token_ids(model.tokenizer, texts)).last_hidden_state
         return diffusion.denoising_loss(
             Controlled(unet, net, masks_of(walls.pixels[chosen, :, :, 3])),
             clean,
@@ -137,7 +126,7 @@ def fit(folder: Path, work: Path, settings: Settings, *, minutes: float = math.i
     plan = Plan(settings.steps, settings.rate, seed=settings.seed, warmup=50, save_every=50, say_every=25)
     plan.minutes = minutes
     net.train()
-    train(step, {"controlnet": net}, plan, work / f"control-{NAME}-{mark}.pt", say=say)
+    train(step, {"controlnet": net}, plan, work / f"control-{NAME}-{mine}.pt", say=say)
     return net.eval()
 
 
@@ -166,13 +155,6 @@ def export(folder: Path, net: Any) -> int:
     return size
 
 
-def _mark(folder: Path, settings: Settings) -> str:
-    """Names the model and what is painted, so that work on another model is never continued by mistake."""
-    paths = sorted(path for part in PARTS for path in (folder / part).glob("*.safetensors"))
-    sums = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
-    return hashlib.sha256(f"{sums} {settings.seed} {settings.pictures}".encode()).hexdigest()[:12]
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Train and write the ControlNet; 1 and a reason when it cannot, 3 when its time is over."""
     parser = argparse.ArgumentParser(prog="python -m workers.training.crack_tiny_control")
@@ -192,18 +174,14 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(given.threads)
     settings = Settings(pictures=given.pictures, steps=given.steps, rate=given.rate, batch=given.batch)
     out = given.out or given.work / f"control-{NAME}"
-    try:
+
+    def work() -> str:
         net = fit(given.model, given.work, settings, minutes=given.minutes, say=partial(print, flush=True))
         size = export(out, net)
         (given.work / "control-settings.json").write_text(json.dumps(asdict(settings), indent=2) + "\n", "utf-8")
-    except UnfinishedError as pause:
-        sys.stderr.write(f"{pause}\n")
-        return UNFINISHED
-    except (TrainingError, OSError) as error:
-        sys.stderr.write(f"training stopped: {error}\n")
-        return 1
-    sys.stdout.write(f"{out}: {size / 1e6:.1f} MB\n")
-    return 0
+        return f"{out}: {size / 1e6:.1f} MB"
+
+    return exit_status(work)
 
 
 if __name__ == "__main__":

@@ -4,14 +4,14 @@
 
 Everything else stays as it is in FOLDER. A reader learns anew, on walls encoded with the folder's own autoencoder, and
 the last stage of `workers.training.crack_tiny` goes on from the folder's own adapter, with the direction of a crack
-counting more and eight steps walked as often as four. Diagonal cracks are asked to rise or to fall: an adapter that was
-only asked for "diagonal" draws some that do both. Goes on after a stop.
+counting more. What such adapters draw wrong is shown to the reader as wrong: walls with cracks that run two ways, and
+diagonals that neither rise nor fall as a whole. Wet walls, where most of that happens, are asked for more often. Goes
+on after a stop.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import sys
@@ -31,13 +31,12 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from workers.training import crack_tiny, diffusion, distill, sharpen
-from workers.training.errors import UNFINISHED, TrainingError, UnfinishedError
+from workers.training.errors import TrainingError, exit_status
 from workers.training.export import export_lora
-from workers.training.questions import DIAGONAL, LEANS, MEANINGS, lean
+from workers.training.finished import mark
+from workers.training.questions import CROSSED, DIAGONAL, LEANS, MEANINGS, crossed, lean
 
 LCM = "lcm-lora.safetensors"
-PARTS = ("unet", "vae", "text_encoder", "tokenizer")
-WALKS = (2, 4, 4, 8, 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +55,14 @@ class Settings:
     direction: float = 3.0
     lean: float = 3.0
     """How often these two questions count; without a say of `lean` the reader is not asked it at all."""
+    crossed: int = 4_000
+    """Walls with cracks put together from two, of which the reader learns what running two ways looks like."""
+    wet: float = 2.0
+    """How many times as often as another a wet wall is asked for."""
+    walks: tuple[int, ...] = (4, 8, 8)
+    """Numbers of steps the student walks, one drawn each time."""
+    deep: int = 1
+    """How many of the steps walked last answer for what the reader finds."""
     bf16: bool = True
 
 
@@ -66,6 +73,10 @@ class Honing(crack_tiny.Recipe):
     model: Path = Path()
     direction: float = 1.0
     lean: float = 1.0
+    crossed: int = 0
+    wet: float = 1.0
+    walks: tuple[int, ...] = (2, 4, 4, 8)
+    deep: int = 1
 
     def tokenizer(self) -> CLIPTokenizer:
         return CLIPTokenizer.from_pretrained(self.model / "tokenizer")
@@ -97,11 +108,25 @@ class Honing(crack_tiny.Recipe):
         adapt(unet, self.model / LCM)
         return unet, text
 
-    def seen(self) -> tuple[dict[str, int], dict[str, NDArray[np.int64]]]:
-        kinds, known = crack_tiny.Recipe.seen(self)
+    def seen(self) -> tuple[crack_tiny.Latents, dict[str, int], dict[str, NDArray[np.int64]]]:
+        latents, kinds, known = crack_tiny.Recipe.seen(self)
+        known = known | {"lean": lean(self.pool())}
+        if self.crossed:
+            rng = np.random.default_rng((self.settings.seed, 9))
+            pool, more = crossed(self.pool(), self.crossed, rng)
+            path = self.work / f"crossed-{self.crossed}-{self.settings.pool}-{self.settings.seed}.npy"
+            latents = np.concatenate((latents, diffusion.encode_pool(self.refine(), pool, path)))
+            known = {name: np.concatenate((right, more[name])) for name, right in known.items()}
+            kinds = kinds | {"direction": CROSSED + 1}
         if not self.lean:
-            return kinds, known
-        return kinds | {"lean": len(LEANS)}, known | {"lean": lean(self.pool())}
+            known.pop("lean")
+            return latents, kinds, known
+        return latents, kinds | {"lean": len(LEANS)}, known
+
+    def odds(self) -> NDArray[np.float64]:
+        often = np.array([self.wet if scene.water else 1.0 for scene in self.pool().scenes])
+        odds: NDArray[np.float64] = often / often.sum()
+        return odds
 
     def wanted(self, told: dict[str, Tensor]) -> dict[str, Tensor]:
         """A diagonal crack may rise or fall; it may not do both."""
@@ -112,7 +137,9 @@ class Honing(crack_tiny.Recipe):
 
     def sharpening(self) -> sharpen.Sharpening:
         usual = crack_tiny.Recipe.sharpening(self)
-        return replace(usual, walks=WALKS, emphasis={"direction": self.direction, "lean": self.lean})
+        return replace(
+            usual, walks=self.walks, deep=self.deep, emphasis={"direction": self.direction, "lean": self.lean}
+        )
 
 
 def adapt(unet: UNet2DConditionModel, path: Path) -> None:
@@ -146,24 +173,21 @@ def hone(model: Path, work: Path, settings: Settings, out: Path, minutes: float 
     """
     if not (model / "model_index.json").is_file() or not (model / LCM).is_file():
         raise TrainingError(f"{model} is not a crack-tiny to go on with: it has no model_index.json or no {LCM}")
+    if settings.wet <= 0.0 or not settings.walks or not all(1 <= steps <= 50 for steps in settings.walks):
+        raise TrainingError(
+            f"walks are of 1 to 50 steps and wet walls asked for more than 0 times as often: {settings.walks} and "
+            f"{settings.wet:g} cannot be"
+        )
     given = asdict(settings)
-    counted = {name: given.pop(name) for name in ("direction", "lean")}
+    own_settings = {name: given.pop(name) for name in ("direction", "lean", "crossed", "wet", "walks", "deep")}
     # Checkpoints know their seed, not the model they began with: each has a folder of its own.
-    own = work / f"hone-{_mark(model)}"
+    own = work / f"hone-{mark(model, beside=[LCM])}"
     own.mkdir(parents=True, exist_ok=True)
     whole = replace(crack_tiny.Settings(), **given)
-    recipe = Honing(own, whole, minutes, say=partial(print, flush=True), model=model, **counted)
+    recipe = Honing(own, whole, minutes, say=partial(print, flush=True), model=model, **own_settings)
     unet, _ = recipe.sharpen()
     export_lora(out, unet, crack_tiny.NOTES)
     (work / "hone-settings.json").write_text(json.dumps(asdict(settings), indent=2) + "\n", "utf-8")
-
-
-def _mark(model: Path) -> str:
-    """Twelve letters that only these weights have."""
-    sums = [
-        hashlib.sha256(path.read_bytes()).hexdigest() for part in PARTS for path in sorted((model / part).glob("*"))
-    ]
-    return hashlib.sha256(f"{sums} {hashlib.sha256((model / LCM).read_bytes()).hexdigest()}".encode()).hexdigest()[:12]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -176,22 +200,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     default = Settings()
     for name, value in asdict(default).items():
-        if name != "bf16":
-            parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, tuple):
+            parser.add_argument(flag, type=int, nargs="+", default=value)
+        elif name != "bf16":
+            parser.add_argument(flag, type=type(value), default=value)
     given = vars(parser.parse_args(arguments))
     torch.set_num_threads(given["threads"])
+    given["walks"] = tuple(given["walks"])
     settings = Settings(**{name: given.get(name, value) for name, value in asdict(default).items()})
     out = given["out"] or given["work"] / LCM
-    try:
+
+    def work() -> str:
         hone(given["model"], given["work"], settings, out, given["minutes"])
-    except UnfinishedError as pause:
-        sys.stderr.write(f"{pause}\n")
-        return UNFINISHED
-    except (TrainingError, OSError) as error:
-        sys.stderr.write(f"training stopped: {error}\n")
-        return 1
-    sys.stdout.write(f"{out}: {out.stat().st_size / 1e6:.1f} MB\n")
-    return 0
+        return f"{out}: {out.stat().st_size / 1e6:.1f} MB"
+
+    return exit_status(work)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ them; half of the captions do not mention the night, so the adapter's weight alo
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import sys
@@ -19,23 +18,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor
+from diffusers import UNet2DConditionModel
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
 
 from farm.painter import Scene, sample_scene
 from farm.painter.night import night_caption, paint_night
 from workers.training import diffusion, distill
-from workers.training.errors import UNFINISHED, TrainingError, UnfinishedError
+from workers.training.errors import TrainingError, exit_status
 from workers.training.export import export_lora
+from workers.training.finished import mark, open_finished
 from workers.training.loop import Plan, Say, train
 from workers.training.pool import Pool
 
 NAME = "night"
 SIDE = 128
-PARTS = ("unet", "vae", "text_encoder", "tokenizer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,27 +73,16 @@ def fit(
 
     Raises TrainingError when the folder is no model or a checkpoint cannot be written.
     """
-    if not (folder / "model_index.json").is_file():
-        raise TrainingError(f"{folder} is not a model to learn a style on: it has no model_index.json")
     if settings.pictures < 1:
         raise TrainingError(f"a style needs at least one picture, not {settings.pictures}")
-    try:
-        unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32)
-        vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
-        text = CLIPTextModel.from_pretrained(folder / "text_encoder").float().eval()
-        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-        schedule = DDIMScheduler.from_pretrained(folder / "scheduler")
-        mark = _mark(folder, settings)
-    except (OSError, ValueError) as error:
-        raise TrainingError(f"{folder} is not a model to learn a style on: {error}") from error
-    # As in the base training: the backward pass of torch's fused attention is slow on CPUs.
-    unet.set_attn_processor(AttnProcessor())
-    unet.to(memory_format=torch.channels_last)
+    model = open_finished(folder, "to learn a style on")
+    mine = mark(folder, settings.seed, settings.pictures, settings.rank)
+    unet, schedule = model.unet, model.schedule
     torch.manual_seed(settings.seed)
     distill.attach(unet, settings.rank)
     work.mkdir(parents=True, exist_ok=True)
     night = pool(settings)
-    latents = diffusion.encode_pool(vae.eval(), night, work / f"style-{NAME}-{mark}.npy")
+    latents = diffusion.encode_pool(model.vae, night, work / f"style-{NAME}-{mine}.npy")
 
     def words(chosen: NDArray[np.int64], rng: np.random.Generator) -> list[str]:
         return [night_caption(night.scenes[int(i)], rng) for i in chosen]
@@ -105,22 +91,15 @@ def fit(
         clean, texts, _chosen = diffusion.batch_of(latents, words, settings.batch, rng)
         texts = ["" if rng.random() < settings.drop else t for t in texts]
         with torch.no_grad():
-            states = text(diffusion.token_ids(tokenizer, texts)).last_hidden_state
+            states = model.text(diffusion.token_ids(model.tokenizer, texts)).last_hidden_state
         kind = schedule.config.prediction_type
         return diffusion.denoising_loss(unet, clean, states, schedule.alphas_cumprod, kind=kind, bf16=settings.bf16)
 
     plan = Plan(settings.steps, settings.rate, seed=settings.seed, warmup=30, save_every=50, say_every=25)
     plan.minutes = minutes
     unet.train()
-    train(step, {"unet": unet}, plan, work / f"style-{NAME}-{mark}.pt", say=say)
+    train(step, {"unet": unet}, plan, work / f"style-{NAME}-{mine}.pt", say=say)
     return unet.eval()
-
-
-def _mark(folder: Path, settings: Settings) -> str:
-    """Names the model and what is painted, so that work on another model is never continued by mistake."""
-    paths = sorted(path for part in PARTS for path in (folder / part).glob("*.safetensors"))
-    sums = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
-    return hashlib.sha256(f"{sums} {settings.seed} {settings.pictures} {settings.rank}".encode()).hexdigest()[:12]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -141,19 +120,15 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(given.threads)
     settings = Settings(pictures=given.pictures, steps=given.steps, rate=given.rate)
     out = given.out or given.model / f"style-{NAME}.safetensors"
-    try:
+
+    def work() -> str:
         unet = fit(given.model, given.work, settings, minutes=given.minutes, say=partial(print, flush=True))
         notes = {"modelspec.title": f"crack-tiny {NAME}", "modelspec.license": "Apache-2.0"}
         export_lora(out, unet, notes)
         (given.work / "style-settings.json").write_text(json.dumps(asdict(settings), indent=2) + "\n", "utf-8")
-    except UnfinishedError as pause:
-        sys.stderr.write(f"{pause}\n")
-        return UNFINISHED
-    except (TrainingError, OSError) as error:
-        sys.stderr.write(f"training stopped: {error}\n")
-        return 1
-    sys.stdout.write(f"{out}: {out.stat().st_size / 1e6:.1f} MB\n")
-    return 0
+        return f"{out}: {out.stat().st_size / 1e6:.1f} MB"
+
+    return exit_status(work)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -51,6 +51,14 @@ class Plan:
         rise = min(1.0, (step + 1) / max(self.warmup, 1))
         left = (self.steps - step) / max(self.steps * self.decay, 1e-9)
         return self.rate * min(rise, max(0.05, min(1.0, 0.05 + 0.95 * left)))
+
+
+class Kept(Protocol):
+    """What a checkpoint keeps beside the weights; `update` is called after every step."""
+
+    values: dict[str, Tensor]
+
+    def update(self, step: int) -> None: ...
 
 
 @dataclass(slots=True)
@@ -109,7 +117,7 @@ def train(
     plan: Plan,
     checkpoint: Path,
     *,
-    averages: Mapping[str, Average] | None = None,
+    averages: Mapping[str, Kept] | None = None,
     say: Say = print,
 ) -> None:
     """Train `modules` with AdamW until the plan ends.
@@ -167,7 +175,7 @@ def _trained(module: nn.Module) -> dict[str, Tensor]:
 def _state(
     done: int,
     modules: Mapping[str, nn.Module],
-    averages: Mapping[str, Average],
+    averages: Mapping[str, Kept],
     optimizer: torch.optim.Optimizer,
     seed: int,
 ) -> dict[str, Any]:
@@ -183,7 +191,7 @@ def _state(
 def _resume(
     checkpoint: Path,
     modules: Mapping[str, nn.Module],
-    averages: Mapping[str, Average],
+    averages: Mapping[str, Kept],
     optimizer: torch.optim.Optimizer,
     seed: int,
 ) -> int:

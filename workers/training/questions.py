@@ -10,11 +10,14 @@ from numpy.typing import NDArray
 from farm.painter import Scene, caption, sample_scene
 from farm.painter.scene import DIRECTIONS, FORMS, LIGHTS, WALLS, WIDTHS
 from workers.training.diffusion import Meanings
+from workers.training.errors import TrainingError
 from workers.training.pool import Pool
 from workers.training.sharpen import UNKNOWN
 
 LEANS = ("falling", "rising")
 DIAGONAL = DIRECTIONS.index("diagonal")
+CROSSED = len(DIRECTIONS)
+"""A fifth answer to where cracks run: two ways at once. No caption asks for it."""
 
 QUESTIONS: dict[str, Sequence[str | bool]] = {
     "wall": WALLS,
@@ -54,3 +57,50 @@ def lean(pool: Pool) -> NDArray[np.int64]:
             # Edges face across the crack: where both grow together, it rises.
             found[number] = int(float((down * across).sum()) > 0)
     return found
+
+
+def crossed(pool: Pool, count: int, rng: np.random.Generator) -> tuple[Pool, dict[str, NDArray[np.int64]]]:
+    """Walls of a pool that got the cracks of another picture of such a wall too, and the right answers about them.
+
+    Painted walls have no cracks that run two ways; a reader that only knows those takes a picture with a stray crack
+    for whatever it has most of. Half of the walls are wet: models draw strays where water runs. Of every other crack
+    only half is put there. Two cracks that run the same way are among them, so that being put together is no sign of
+    anything. Raises TrainingError when no wall of the pool is cracked.
+    """
+    scenes, leans = pool.scenes, lean(pool)
+    like: dict[tuple[str, str], list[int]] = {}
+    for number, scene in enumerate(scenes):
+        if scene.cracked:
+            like.setdefault((scene.wall, scene.light), []).append(number)
+    if not like:
+        raise TrainingError(f"none of {len(scenes)} walls is cracked: there are no cracks to put together")
+    fit = [number for number, scene in enumerate(scenes) if (scene.wall, scene.light) in like]
+    wet = [number for number in fit if scenes[number].water]
+    dry = [number for number in fit if not scenes[number].water]
+    under = [int(rng.choice((wet, dry)[number % 2] or fit)) for number in range(count)]
+    over = [int(rng.choice(like[scenes[number].wall, scenes[number].light])) for number in under]
+    pixels = pool.pixels[under]
+    for number, (picture, taken) in enumerate(zip(pixels, over, strict=True)):
+        other = pool.pixels[taken]
+        crack = other[:, :, 3] > 0
+        if number % 4 > 1:
+            crack &= _half(crack, rng)
+        picture[crack, :3] = np.minimum(picture[crack, :3], other[crack, :3])
+        picture[crack, 3] = 255
+    known = answers([scenes[number] for number in under])
+    known["width"][:] = known["form"][:] = UNKNOWN
+    added = answers([scenes[number] for number in over])["direction"]
+    first, second, bare = leans[under], leans[over], known["direction"] == DIRECTIONS.index("none")
+    same = (known["direction"] == added) & (first == second)
+    known["direction"] = np.where(bare | same, added, CROSSED)
+    known["lean"] = np.where(bare | same, second, UNKNOWN)
+    return Pool(pixels, [scenes[number] for number in under]), known
+
+
+def _half(crack: NDArray[np.bool_], rng: np.random.Generator) -> NDArray[np.bool_]:
+    """The places on one side of a line through the middle of a crack."""
+    turn = rng.uniform(0.0, 2 * np.pi)
+    rows, columns = np.indices(crack.shape)
+    along = rows * np.cos(turn) + columns * np.sin(turn)
+    side: NDArray[np.bool_] = along <= (along[crack].mean() if crack.any() else 0.0)
+    return side

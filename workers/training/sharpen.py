@@ -30,6 +30,8 @@ UNKNOWN = -100
 ANY = -101
 """The answer to a question of which a caption leaves open how, not whether, it is answered: whatever the reader finds
 likeliest, it should be sure of it."""
+REMEMBERED = 256
+"""Pictures, of those with ANY answer, whose answers are evened out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +51,15 @@ class Sharpening:
     """`walks` are the numbers of steps the student is asked for, one drawn each time; `blur` is the highest timestep
     to which latents are noised before they are read, so that only what stands out counts; `weight` is the reader's
     say beside the loss of distillation, which every `anchored`th step adds; `emphasis` says of a question how many
-    times it counts, once unless it is there."""
+    times it counts, once unless it is there; `deep` is the number of last steps that answer for what is read: with
+    two, a step also learns to leave what the next one can make something of."""
 
     walks: tuple[int, ...] = (2, 4, 4, 8)
     blur: int = 250
     weight: float = 0.02
     anchored: int = 2
     emphasis: Mapping[str, float] = field(default_factory=dict)
+    deep: int = 1
 
 
 class Block(nn.Module):
@@ -83,6 +87,7 @@ class Reader(nn.Module):
 
     def __init__(self, channels: int, kinds: Mapping[str, int], sizes: tuple[int, ...] = (96, 160, 224)) -> None:
         super().__init__()
+        self.kinds = dict(kinds)
         self.enter = nn.Conv2d(channels, sizes[0], 3, padding=1)
         self.blocks = nn.ModuleList(
             Block(before, after) for before, after in zip((sizes[0], *sizes), sizes, strict=False)
@@ -100,19 +105,49 @@ class Reader(nn.Module):
         return {name: head(seen) for name, head in self.heads.items()}
 
 
+class Even:
+    """Sees to it that ANY answer does not become the same one always.
+
+    An adapter that is asked to be sure of something finds one thing easiest, and soon draws nothing else. So what a
+    picture is nearest to counts against what the pictures before it were: an answer is the right one if it is likelier
+    than it was for half of them (as pseudo-labels are balanced in Caron et al. 2020, arXiv 2006.09882, by equal parts
+    of a queue). Only for pictures that nothing is decided about yet: the first step of a walk.
+    """
+
+    def __init__(self, kinds: Mapping[str, int]) -> None:
+        self.values = {name: torch.zeros(0, count) for name, count in kinds.items()}
+
+    def update(self, step: int) -> None:
+        """Nothing happens between steps."""
+
+    def right(self, name: str, logits: Tensor, asked: Tensor) -> Tensor:
+        """The answers (n,) that are right for these pictures' logits (n, answers), which are remembered if `asked`."""
+        centred = (logits - logits.mean(1, keepdim=True)).detach().float()
+        self.values[name] = torch.cat((self.values[name], centred[asked]))[-REMEMBERED:]
+        usual = self.values[name].median(0).values if len(self.values[name]) else 0.0
+        return (centred - usual).argmax(1)
+
+
 def misread(
-    reader: Reader, latents: Tensor, answers: Mapping[str, Tensor], alphas: Tensor, blur: int
+    reader: Reader,
+    latents: Tensor,
+    answers: Mapping[str, Tensor],
+    alphas: Tensor,
+    blur: int,
+    even: Even | None = None,
 ) -> dict[str, Tensor]:
     """The reader's cross-entropy in each question, for latents that are noised up to the timestep `blur` first.
 
-    Where ANY answer is right, the likeliest is.
+    Where ANY answer is right, the likeliest is, or what evens them out.
     """
     alpha = alphas[torch.randint(0, blur, (len(latents),))].view(-1, 1, 1, 1)
     noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * torch.randn_like(latents)
     logits = reader(noisy, (1 - alpha).sqrt().view(-1, 1))
     lost = {}
     for name, wanted in answers.items():
-        right = torch.where(wanted == ANY, logits[name].argmax(1), wanted)
+        free = wanted == ANY
+        likeliest = even.right(name, logits[name], free) if even and free.any() else logits[name].argmax(1)
+        right = torch.where(free, likeliest, wanted)
         # A batch whose captions all leave it open has a loss of nothing, not of nothing divided by nothing.
         total = functional.cross_entropy(logits[name], right, ignore_index=UNKNOWN, reduction="sum")
         lost[name] = total / (right != UNKNOWN).sum().clamp(min=1)
@@ -170,13 +205,13 @@ class Student:
         x0, _ = parts(self.kind, latents, guess, alpha.sqrt(), (1 - alpha).sqrt())
         return skip * latents + out * x0
 
-    def walk(self, told: Tensor, like: Tensor, steps: int, stop: int) -> Tensor:
-        """Clean latents as seen in step number `stop` of `steps`; only that step has a gradient."""
+    def walk(self, told: Tensor, like: Tensor, steps: int, stop: int, deep: int = 1) -> Tensor:
+        """Clean latents as seen in step number `stop` of `steps`; only the last `deep` steps have a gradient."""
         self.sampler.set_timesteps(steps, original_inference_steps=50)
         times = [int(t) for t in self.sampler.timesteps]
         latents = torch.randn_like(like)
-        with torch.no_grad():
-            for now, then in pairwise(times[: stop + 1]):
+        for number, (now, then) in enumerate(pairwise(times[: stop + 1])):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and number > stop - deep):
                 alpha = self.alphas[then]
                 clean = self.answer(latents, now, told)
                 latents = alpha.sqrt() * clean + (1 - alpha).sqrt() * torch.randn_like(clean)
@@ -204,12 +239,14 @@ def fit(
     """
     student = Student(unet, schedule, bf16=bf16)
     errors: dict[str, float] = {}
+    even = Even(reader.kinds)
 
     def step(number: int, rng: np.random.Generator) -> Tensor:
         asked = trial(rng)
         steps = int(rng.choice(recipe.walks))
-        made = student.walk(asked.told, torch.empty(len(asked.told), *shape), steps, int(rng.integers(steps)))
-        lost = misread(reader, made, asked.answers, student.alphas, recipe.blur)
+        stop = int(rng.integers(steps))
+        made = student.walk(asked.told, torch.empty(len(asked.told), *shape), steps, stop, recipe.deep)
+        lost = misread(reader, made, asked.answers, student.alphas, recipe.blur, None if stop else even)
         for name, error in lost.items():
             errors[name] = 0.98 * errors.get(name, float(error.detach())) + 0.02 * float(error.detach())
         if number % 100 == 99:
@@ -220,6 +257,6 @@ def fit(
 
     average = Average(unet)
     unet.train()
-    train(step, {"unet": unet}, plan, checkpoint, averages={"unet": average}, say=say)
+    train(step, {"unet": unet}, plan, checkpoint, averages={"unet": average, "even": even}, say=say)
     unet.load_state_dict(average.values)
     unet.eval()
