@@ -10,6 +10,8 @@ LEAST = {"wall": 0.95, "crack": 0.95, "direction": 0.90, "hairlines": 0.90}
 OF_TEACHER = 0.95
 EQUAL = 0.01
 """Rates of 500 pictures closer than this are the same: it is about one standard error."""
+VARIED = (0.25, 0.75)
+"""What captions leave open has to vary: so many of the diagonal cracks rise, the others fall."""
 SECONDS = 1.0
 
 Report = Mapping[str, Any]
@@ -40,6 +42,10 @@ def _alone(row: Report) -> Iterator[Verdict]:
     for name, least in LEAST.items():
         if row[name] is not None:
             yield _verdict(f"LCM-LoRA, 4 steps: {name} at least {least:.2f}", f"{row[name]:.3f}", row[name] >= least)
+    if (share := row["rising"]) is not None:
+        low, high = VARIED
+        promise = f"LCM-LoRA, 4 steps: {low:.2f} to {high:.2f} of diagonal cracks rise to the right"
+        yield _verdict(promise, f"{share:.3f}", low <= share <= high)
 
 
 def _teacher(row: Report, teacher: Report) -> Iterator[Verdict]:

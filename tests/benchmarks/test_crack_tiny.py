@@ -176,7 +176,7 @@ def test_the_model_is_known_by_its_weights(tmp_path: Path) -> None:
 
 
 def test_verdicts_name_what_is_not_reached() -> None:
-    good = {"wall": 0.97, "crack": 0.96, "direction": 0.95, "hairlines": 0.92, "distance": 1.0}
+    good = {"wall": 0.97, "crack": 0.96, "direction": 0.95, "hairlines": 0.92, "rising": 0.5, "distance": 1.0}
     rows = {
         "lcm-4": good,
         "lcm-8": {**good, "direction": 0.945},
@@ -185,10 +185,13 @@ def test_verdicts_name_what_is_not_reached() -> None:
         "ddim-50-guided": {**good, "wall": 1.0, "crack": 1.0, "direction": 1.0},
     }
     found = verdicts.verdicts({"rows": rows, "seconds": {"alone": 0.8, "together": 0.3}})
-    assert len(found) == 12
+    assert len(found) == 13
     assert [line["promise"] for line in found if not line["reached"]] == [
         "4 UNet passes: LCM-LoRA ahead of the teacher's 2 guided steps in everything"
     ]
     assert json.loads(json.dumps(found)) == found
-    worse = verdicts.verdicts({"rows": {"lcm-4": {**good, "wall": 0.8}}, "seconds": {"alone": 1.2, "together": 1.3}})
-    assert [line["reached"] for line in worse] == [False, False, False, True, True, True]
+    bad = {**good, "wall": 0.8, "rising": 0.1}
+    worse = verdicts.verdicts({"rows": {"lcm-4": bad}, "seconds": {"alone": 1.2, "together": 1.3}})
+    assert [line["reached"] for line in worse] == [False, False, False, True, True, True, False]
+    none = verdicts.verdicts({"rows": {"lcm-4": {**good, "rising": None}}, "seconds": {"alone": 0.8, "together": 0.3}})
+    assert len(none) == 6, "nothing is said of no diagonals"

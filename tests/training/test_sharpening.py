@@ -155,7 +155,7 @@ def test_diagonals_lean_one_way_or_the_other() -> None:
 
 
 def test_what_was_usual_counts_against_an_answer() -> None:
-    even, asked = sharpen.Even({"lean": 2}), torch.tensor([True] * 8)
+    even, asked = sharpen.Even({"lean": 2}, 256), torch.tensor([True] * 8)
     rng = torch.Generator().manual_seed(6)
     for _ in range(40):
         # Seven in eight are surely the first, by more or by less.
@@ -166,10 +166,10 @@ def test_what_was_usual_counts_against_an_answer() -> None:
     # Of the rest those that are the least sure are asked to be: so many that it is half.
     assert 2 <= int(right.sum()) <= 6
     assert logits[right == 0, 0].min() >= logits[right == 1, 0].max()
-    assert len(even.values["lean"]) == sharpen.REMEMBERED
+    assert len(even.values["lean"]) == 256
     untold = even.right("lean", logits, torch.tensor([False] * 8))
     assert torch.equal(untold, right)
-    assert torch.equal(sharpen.Even({"lean": 2}).right("lean", logits, ~asked), logits.argmax(1)), "nothing is usual"
+    assert torch.equal(sharpen.Even({"lean": 2}, 8).right("lean", logits, ~asked), logits.argmax(1)), "nothing is usual"
 
 
 def test_two_steps_answer_for_what_is_read() -> None:

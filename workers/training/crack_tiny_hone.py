@@ -63,6 +63,10 @@ class Settings:
     """Numbers of steps the student walks, one drawn each time."""
     deep: int = 1
     """How many of the steps walked last answer for what the reader finds."""
+    remembered: int = 32
+    """Of so many pictures of diagonal cracks half have to rise."""
+    share: float = 1.0
+    """So much of the adapter that went on is written, the rest of the one before."""
     bf16: bool = True
 
 
@@ -77,6 +81,7 @@ class Honing(crack_tiny.Recipe):
     wet: float = 1.0
     walks: tuple[int, ...] = (2, 4, 4, 8)
     deep: int = 1
+    remembered: int = 32
 
     def tokenizer(self) -> CLIPTokenizer:
         return CLIPTokenizer.from_pretrained(self.model / "tokenizer")
@@ -138,7 +143,11 @@ class Honing(crack_tiny.Recipe):
     def sharpening(self) -> sharpen.Sharpening:
         usual = crack_tiny.Recipe.sharpening(self)
         return replace(
-            usual, walks=self.walks, deep=self.deep, emphasis={"direction": self.direction, "lean": self.lean}
+            usual,
+            walks=self.walks,
+            deep=self.deep,
+            remembered=self.remembered,
+            emphasis={"direction": self.direction, "lean": self.lean},
         )
 
 
@@ -173,19 +182,29 @@ def hone(model: Path, work: Path, settings: Settings, out: Path, minutes: float 
     """
     if not (model / "model_index.json").is_file() or not (model / LCM).is_file():
         raise TrainingError(f"{model} is not a crack-tiny to go on with: it has no model_index.json or no {LCM}")
+    if not 0.0 < settings.share <= 1.0:
+        raise TrainingError(f"more than none and at most all (1) of what is learned is written, not {settings.share:g}")
     if settings.wet <= 0.0 or not settings.walks or not all(1 <= steps <= 50 for steps in settings.walks):
         raise TrainingError(
             f"walks are of 1 to 50 steps and wet walls asked for more than 0 times as often: {settings.walks} and "
             f"{settings.wet:g} cannot be"
         )
     given = asdict(settings)
-    own_settings = {name: given.pop(name) for name in ("direction", "lean", "crossed", "wet", "walks", "deep")}
+    share = given.pop("share")
+    own_settings = {
+        name: given.pop(name) for name in ("direction", "lean", "crossed", "wet", "walks", "deep", "remembered")
+    }
     # Checkpoints know their seed, not the model they began with: each has a folder of its own.
     own = work / f"hone-{mark(model, beside=[LCM])}"
     own.mkdir(parents=True, exist_ok=True)
     whole = replace(crack_tiny.Settings(), **given)
     recipe = Honing(own, whole, minutes, say=partial(print, flush=True), model=model, **own_settings)
     unet, _ = recipe.sharpen()
+    before, _ = recipe.distil()
+    with torch.no_grad():
+        for name, weight in unet.named_parameters():
+            if ".lora_" in name:
+                weight.copy_(torch.lerp(before.get_parameter(name), weight, share))
     export_lora(out, unet, crack_tiny.NOTES)
     (work / "hone-settings.json").write_text(json.dumps(asdict(settings), indent=2) + "\n", "utf-8")
 

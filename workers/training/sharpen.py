@@ -30,8 +30,6 @@ UNKNOWN = -100
 ANY = -101
 """The answer to a question of which a caption leaves open how, not whether, it is answered: whatever the reader finds
 likeliest, it should be sure of it."""
-REMEMBERED = 256
-"""Pictures, of those with ANY answer, whose answers are evened out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +50,8 @@ class Sharpening:
     to which latents are noised before they are read, so that only what stands out counts; `weight` is the reader's
     say beside the loss of distillation, which every `anchored`th step adds; `emphasis` says of a question how many
     times it counts, once unless it is there; `deep` is the number of last steps that answer for what is read: with
-    two, a step also learns to leave what the next one can make something of."""
+    two, a step also learns to leave what the next one can make something of; `remembered` is the number of pictures,
+    of those with ANY answer, among which answers are evened out: with many it comes late, and shares swing."""
 
     walks: tuple[int, ...] = (2, 4, 4, 8)
     blur: int = 250
@@ -60,6 +59,7 @@ class Sharpening:
     anchored: int = 2
     emphasis: Mapping[str, float] = field(default_factory=dict)
     deep: int = 1
+    remembered: int = 32
 
 
 class Block(nn.Module):
@@ -114,7 +114,8 @@ class Even:
     of a queue). Only for pictures that nothing is decided about yet: the first step of a walk.
     """
 
-    def __init__(self, kinds: Mapping[str, int]) -> None:
+    def __init__(self, kinds: Mapping[str, int], remembered: int) -> None:
+        self.remembered = remembered
         self.values = {name: torch.zeros(0, count) for name, count in kinds.items()}
 
     def update(self, step: int) -> None:
@@ -123,7 +124,7 @@ class Even:
     def right(self, name: str, logits: Tensor, asked: Tensor) -> Tensor:
         """The answers (n,) that are right for these pictures' logits (n, answers), which are remembered if `asked`."""
         centred = (logits - logits.mean(1, keepdim=True)).detach().float()
-        self.values[name] = torch.cat((self.values[name], centred[asked]))[-REMEMBERED:]
+        self.values[name] = torch.cat((self.values[name], centred[asked]))[-self.remembered :]
         usual = self.values[name].median(0).values if len(self.values[name]) else 0.0
         return (centred - usual).argmax(1)
 
@@ -239,7 +240,7 @@ def fit(
     """
     student = Student(unet, schedule, bf16=bf16)
     errors: dict[str, float] = {}
-    even = Even(reader.kinds)
+    even = Even(reader.kinds, recipe.remembered)
 
     def step(number: int, rng: np.random.Generator) -> Tensor:
         asked = trial(rng)
