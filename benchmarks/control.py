@@ -1,6 +1,6 @@
 """Do rendered cracks run where the mask has them?
 
-    python -m benchmarks.control --model FOLDER --control FOLDER [--count 100] [--out FILE.json]
+    python -m benchmarks.control [--model FOLDER] [--control FOLDER] [--count 100] [--out FILE.json]
 
 Masks that nobody trained on are painted, followed by the model with its LCM-LoRA through the farm's own engine, and
 found again by the analyser, which knows neither. Precision: the share of crack pixels found that lie within
@@ -31,6 +31,7 @@ from farm.recipe import Recipe
 from farm.settings import Settings
 from workers.pipelines.engine import Engine
 
+MODEL = Path(__file__).parent.parent / "farm" / "assets" / "crack-tiny"
 SIDE = 128
 SEED = 4_711
 """Far from every seed that training paints with."""
@@ -153,14 +154,15 @@ def _settings() -> Settings:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.control")
-    parser.add_argument("--model", type=Path, required=True, help="folder with the model and its lcm-lora.safetensors")
-    parser.add_argument("--control", type=Path, required=True, help="folder of the ControlNet")
+    parser.add_argument("--model", type=Path, default=MODEL, help="folder with the model and its lcm-lora.safetensors")
+    parser.add_argument("--control", type=Path, help="folder of the ControlNet (default: MODEL/control-mask)")
     parser.add_argument("--count", type=int, default=100, help="masks to follow")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--weight", type=float, default=1.0)
     parser.add_argument("--tolerance", type=int, default=3, help="pixels")
     parser.add_argument("--out", type=Path, help="a JSON file for the figures")
     options = parser.parse_args(arguments)
+    options.control = options.control or options.model / "control-mask"
     measured = run(options)
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
