@@ -65,8 +65,6 @@ class Settings:
     """How many of the steps walked last answer for what the reader finds."""
     remembered: int = 32
     """Of so many pictures of diagonal cracks half have to rise."""
-    share: float = 1.0
-    """So much of the adapter that went on is written, the rest of the one before."""
     bf16: bool = True
 
 
@@ -182,15 +180,12 @@ def hone(model: Path, work: Path, settings: Settings, out: Path, minutes: float 
     """
     if not (model / "model_index.json").is_file() or not (model / LCM).is_file():
         raise TrainingError(f"{model} is not a crack-tiny to go on with: it has no model_index.json or no {LCM}")
-    if not 0.0 < settings.share <= 1.0:
-        raise TrainingError(f"more than none and at most all (1) of what is learned is written, not {settings.share:g}")
     if settings.wet <= 0.0 or not settings.walks or not all(1 <= steps <= 50 for steps in settings.walks):
         raise TrainingError(
             f"walks are of 1 to 50 steps and wet walls asked for more than 0 times as often: {settings.walks} and "
             f"{settings.wet:g} cannot be"
         )
     given = asdict(settings)
-    share = given.pop("share")
     own_settings = {
         name: given.pop(name) for name in ("direction", "lean", "crossed", "wet", "walks", "deep", "remembered")
     }
@@ -200,11 +195,6 @@ def hone(model: Path, work: Path, settings: Settings, out: Path, minutes: float 
     whole = replace(crack_tiny.Settings(), **given)
     recipe = Honing(own, whole, minutes, say=partial(print, flush=True), model=model, **own_settings)
     unet, _ = recipe.sharpen()
-    before, _ = recipe.distil()
-    with torch.no_grad():
-        for name, weight in unet.named_parameters():
-            if ".lora_" in name:
-                weight.copy_(torch.lerp(before.get_parameter(name), weight, share))
     export_lora(out, unet, crack_tiny.NOTES)
     (work / "hone-settings.json").write_text(json.dumps(asdict(settings), indent=2) + "\n", "utf-8")
 
