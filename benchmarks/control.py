@@ -25,13 +25,13 @@ from pydantic import SecretStr
 
 import workers  # noqa: F401  # forbids remote code before diffusers is imported
 from benchmarks.analyser import read_crack
+from benchmarks.geometry import CRACK_TINY
 from benchmarks.stock import model_key
 from farm.painter import caption, paint, sample_scene
 from farm.recipe import Recipe
 from farm.settings import Settings
 from workers.pipelines.engine import Engine
 
-MODEL = Path(__file__).parent.parent / "farm" / "assets" / "crack-tiny"
 SIDE = 128
 SEED = 4_711
 """Far from every seed that training paints with."""
@@ -154,7 +154,9 @@ def _settings() -> Settings:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.control")
-    parser.add_argument("--model", type=Path, default=MODEL, help="folder with the model and its lcm-lora.safetensors")
+    parser.add_argument(
+        "--model", type=Path, default=CRACK_TINY, help="folder with the model and its lcm-lora.safetensors"
+    )
     parser.add_argument("--control", type=Path, help="folder of the ControlNet (default: MODEL/control-mask)")
     parser.add_argument("--count", type=int, default=100, help="masks to follow")
     parser.add_argument("--steps", type=int, default=4)

@@ -63,3 +63,20 @@ def test_the_shipped_one_makes_cracks_run_where_masks_have_them() -> None:
     assert found["with control"]["seen"] == 1.0
     assert found["with control"]["f1"] > 0.85
     assert (found["without"]["f1"] or 0.0) < 0.6
+
+
+def test_without_options_it_measures_what_is_shipped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[argparse.Namespace] = []
+
+    def run(options: argparse.Namespace) -> dict[str, object]:
+        asked.append(options)
+        return {"pictures": options.count, "alignment": {}}
+
+    monkeypatch.setattr(control, "run", run)
+    assert control.main(["--count", "64"]) == 0
+    assert (asked[0].model.resolve(), asked[0].control.resolve()) == (
+        MODEL.resolve(),
+        (MODEL / "control-mask").resolve(),
+    )
+    assert control.main(["--model", str(tmp_path)]) == 0
+    assert asked[1].control == tmp_path / "control-mask"
