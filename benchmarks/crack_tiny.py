@@ -29,11 +29,11 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks import analyser, features, prompts, sheets
+from benchmarks.geometry import CRACK_TINY
 from benchmarks.prompts import Asked
 from benchmarks.stock import TOGETHER, Renderer, Way, model_key, style_of
 from benchmarks.verdicts import verdicts
 
-MODEL = Path(__file__).parent.parent / "farm" / "assets" / "crack-tiny"
 PIECE = 32
 """Pictures rendered between two savings."""
 SEED = 70_000
@@ -266,7 +266,7 @@ def main(arguments: list[str] | None = None) -> int:
     """0 when every figure promised is reached, 1 when one is not, 2 when the analyser may not judge."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.crack_tiny")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out"))
-    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--model", type=Path, default=CRACK_TINY)
     parser.add_argument("--count", type=int, default=500, help="pictures in a row, 8 or more")
     parser.add_argument("--seed", type=int, default=SEED, help="of prompts and pictures")
     parser.add_argument("--row", action="append", default=[], choices=[way.name for way in table(3.0)])

@@ -26,7 +26,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from benchmarks.control import net_key
-from benchmarks.crack_tiny import MODEL
+from benchmarks.geometry import CRACK_TINY
 from benchmarks.stock import model_key, style_of
 from benchmarks.training_record import HONING, BadRecord, record, rows
 
@@ -262,7 +262,8 @@ def _measured(report: dict[str, Any]) -> str:
         count=report["count"], model=report["model"], judged=judge["count"], seeds=judge["seeds"],
         size=report["features"]["size"], wall=judge["wall"], crack=judge["crack"], direction=judge["direction"],
         named=right["wall"], turned=right["direction"], error=(0.95 * 0.05 / report["count"]) ** 0.5,
-        machine=f"{machine['threads']} threads of {machine['processor']}, device {machine['device']}, load "
+        machine=f"{machine['threads']} thread{'s' * (machine['threads'] > 1)} of {machine['processor']}, "
+        f"device {machine['device']}, load "
         f"{machine['load']} before (torch {machine['torch']}, diffusers {machine['diffusers']})",
         table=table(("", "UNet passes", *COLUMNS, "seconds"), lines),
         alone=report["seconds"]["alone"], together=report["seconds"]["together"], verdicts="\n".join(promises),
@@ -309,7 +310,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--report", type=Path, help=f"of benchmarks.crack_tiny (default: {REPORT}); alone: in the card there is"
     )
-    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--model", type=Path, default=CRACK_TINY)
     parser.add_argument("--settings", type=Path, help="settings.json of the training")
     parser.add_argument("--honed", type=Path, help="hone-settings.json of what went on from there")
     parser.add_argument("--style", type=Path, help="style-settings.json of the style's training")

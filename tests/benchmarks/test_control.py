@@ -10,10 +10,9 @@ from diffusers import UNet2DConditionModel
 
 from benchmarks import control
 from benchmarks.analyser import read_crack
+from benchmarks.geometry import CRACK_TINY
 from farm.painter import Scene, paint, sample_scene
 from workers.training.crack_tiny_control import controlnet_for
-
-MODEL = Path(__file__).parents[2] / "farm" / "assets" / "crack-tiny"
 
 
 def line(row: int, side: int = 32) -> control.Mask:
@@ -44,10 +43,10 @@ def test_the_analyser_finds_painted_cracks_where_they_are() -> None:
 
 
 def test_it_runs_on_the_shipped_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    net = controlnet_for(UNet2DConditionModel.from_pretrained(MODEL / "unet"), 3)
+    net = controlnet_for(UNet2DConditionModel.from_pretrained(CRACK_TINY / "unet"), 3)
     net.save_pretrained(tmp_path / "net", safe_serialization=True)
     out = tmp_path / "figures.json"
-    given = ["--model", str(MODEL), "--control", str(tmp_path / "net"), "--count", "2", "--out", str(out)]
+    given = ["--model", str(CRACK_TINY), "--control", str(tmp_path / "net"), "--count", "2", "--out", str(out)]
     assert control.main(given) == 0
     told = orjson.loads(out.read_bytes())
     assert told["pictures"] == 2
@@ -58,7 +57,9 @@ def test_it_runs_on_the_shipped_model(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_the_shipped_one_makes_cracks_run_where_masks_have_them() -> None:
     """One micro-batch of four. Measured on 64: F1 0.986 with it, 0.250 without."""
-    options = argparse.Namespace(model=MODEL, control=MODEL / "control-mask", count=4, steps=4, weight=1.0, tolerance=3)
+    options = argparse.Namespace(
+        model=CRACK_TINY, control=CRACK_TINY / "control-mask", count=4, steps=4, weight=1.0, tolerance=3
+    )
     found = control.run(options)["alignment"]
     assert found["with control"]["seen"] == 1.0
     assert found["with control"]["f1"] > 0.85
@@ -75,8 +76,8 @@ def test_without_options_it_measures_what_is_shipped(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(control, "run", run)
     assert control.main(["--count", "64"]) == 0
     assert (asked[0].model.resolve(), asked[0].control.resolve()) == (
-        MODEL.resolve(),
-        (MODEL / "control-mask").resolve(),
+        CRACK_TINY.resolve(),
+        (CRACK_TINY / "control-mask").resolve(),
     )
     assert control.main(["--model", str(tmp_path)]) == 0
     assert asked[1].control == tmp_path / "control-mask"
