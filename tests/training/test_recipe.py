@@ -116,13 +116,15 @@ def honed(model: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
         )
     assert crack_tiny_hone.main(["--model", str(work), "--work", str(work)]) == 1
     assert "is not a crack-tiny to go on with" in capsys.readouterr().err
-    for wrong in (["--walks", "0"], ["--walks", "4", "51"], ["--wet", "0"]):
+    for wrong in (["--walks", "0"], ["--walks", "4", "51"], ["--wet", "0"], ["--crossed", "0"]):
         assert crack_tiny_hone.main([*command, *wrong]) == 1
-        assert "walks are of 1 to 50 steps and wet walls" in capsys.readouterr().err
+        assert "walks are of 1 to 50 steps, one wall or more is crossed, and wet walls" in capsys.readouterr().err
 
 
 def test_wet_walls_are_asked_for_more_often(tmp_path: Path) -> None:
-    recipe = crack_tiny_hone.Honing(tmp_path, replace(crack_tiny.Settings(), pool=12), wet=3.0)
+    recipe = crack_tiny_hone.Honing(
+        tmp_path, replace(crack_tiny.Settings(), pool=12), honing=crack_tiny_hone.Settings(wet=3.0)
+    )
     wet = np.array([scene.water for scene in recipe.pool().scenes])
     assert 0 < wet.sum() < len(wet)
     odds = recipe.odds()

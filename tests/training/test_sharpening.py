@@ -97,7 +97,14 @@ def made_by(unet: UNet2DConditionModel, bright: Tensor) -> Tensor:
     with torch.no_grad():
         return sharpen.Student(unet, diffusion.scheduler(), bf16=False).walk(
             states(bright), torch.empty(len(bright), 4, 4, 4), 2, 1
-        )
+        )[-1]
+
+
+def lost_to(reader: sharpen.Reader, clean: Tensor, answers: Tensor) -> float:
+    """What answers about the light of clean latents cost."""
+    return float(
+        sharpen.misread({"light": reader(clean, torch.zeros(len(clean), 1))["light"]}, {"light": answers})["light"]
+    )
 
 
 def test_the_reader_reads_latents_it_has_not_seen(reader: sharpen.Reader) -> None:
@@ -110,26 +117,11 @@ def test_the_reader_reads_latents_it_has_not_seen(reader: sharpen.Reader) -> Non
 
 def test_what_a_caption_leaves_open_costs_nothing(reader: sharpen.Reader) -> None:
     clean, bright = real(4, 3)
-    alphas = torch.ones(1)
     known = torch.tensor([True, True, False, False])
-    half = sharpen.misread(reader, clean, {"light": bright.masked_fill(~known, sharpen.UNKNOWN)}, alphas, 1)
-    told = sharpen.misread(reader, clean[:2], {"light": bright[:2]}, alphas, 1)
-    assert float(half["light"]) == pytest.approx(float(told["light"]), rel=1e-5)
-    none = sharpen.misread(reader, clean, {"light": torch.full((4,), sharpen.UNKNOWN)}, alphas, 1)
-    assert float(none["light"]) == 0.0
-
-
-def test_any_answer_will_do_if_the_reader_is_sure_of_it(reader: sharpen.Reader) -> None:
-    clean, bright = real(6, 4)
-    alphas = torch.ones(1)
-    told = sharpen.misread(reader, clean, {"light": bright}, alphas, 1)["light"]
-    wrong = sharpen.misread(reader, clean, {"light": 1 - bright}, alphas, 1)["light"]
-    free = sharpen.misread(reader, clean, {"light": torch.full((6,), sharpen.ANY)}, alphas, 1)["light"]
-    assert float(free) == pytest.approx(float(told), rel=1e-5)
-    assert float(wrong) > 1.0
-    # Between the two answers it is worth something to go to either.
-    between = sharpen.misread(reader, 0.0 * clean, {"light": torch.full((6,), sharpen.ANY)}, alphas, 1)["light"]
-    assert float(between) > float(free)
+    half = lost_to(reader, clean, bright.masked_fill(~known, sharpen.UNKNOWN))
+    assert half == pytest.approx(lost_to(reader, clean[:2], bright[:2]), rel=1e-5)
+    assert half < 1.0 < lost_to(reader, clean, 1 - bright)
+    assert lost_to(reader, clean, torch.full((4,), sharpen.UNKNOWN)) == 0.0
 
 
 def test_diagonals_lean_one_way_or_the_other() -> None:
@@ -155,21 +147,34 @@ def test_diagonals_lean_one_way_or_the_other() -> None:
 
 
 def test_what_was_usual_counts_against_an_answer() -> None:
-    even, asked = sharpen.Even({"lean": 2}, 256), torch.tensor([True] * 8)
+    even, anything = sharpen.Even({"lean": 2}, 256), {"lean": torch.full((8,), sharpen.ANY)}
     rng = torch.Generator().manual_seed(6)
     for _ in range(40):
         # Seven in eight are surely the first, by more or by less.
         logits = torch.stack((4.0 + torch.randn(8, generator=rng), torch.zeros(8)), 1)
         logits[0, 0] = -4.0
-        right = even.right("lean", logits, asked)
+        right = even.settle(anything, {"lean": logits}, None)["lean"]
     assert right[0] == 1, "what is the other one stays it"
     # Of the rest those that are the least sure are asked to be: so many that it is half.
     assert 2 <= int(right.sum()) <= 6
     assert logits[right == 0, 0].min() >= logits[right == 1, 0].max()
     assert len(even.values["lean"]) == 256
-    untold = even.right("lean", logits, torch.tensor([False] * 8))
-    assert torch.equal(untold, right)
-    assert torch.equal(sharpen.Even({"lean": 2}, 8).right("lean", logits, ~asked), logits.argmax(1)), "nothing is usual"
+    assert even.shares()["lean"] == pytest.approx([7 / 8, 1 / 8])
+
+
+def test_later_steps_go_on_with_what_is_drawn() -> None:
+    even, known = sharpen.Even({"lean": 2, "light": 2}, 4), torch.tensor([0, 1, sharpen.UNKNOWN, 1])
+    sure = torch.tensor([[9.0, 0.0], [8.0, 0.0], [7.0, 0.0], [6.0, 0.0]])
+    asked = {"lean": torch.tensor([sharpen.ANY, sharpen.ANY, sharpen.ANY, 0]), "light": known}
+    first = {"lean": sure, "light": sure}
+    balanced = even.settle(asked, first, None)
+    assert balanced["lean"].tolist() == [0, 0, 1, 0], "less surely the first than the others; what is told stays"
+    drawn = {"lean": torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]), "light": sure}
+    assert even.settle(asked, first, drawn)["lean"].tolist() == [1, 0, 1, 0]
+    assert balanced["light"] is not known
+    assert balanced["light"].tolist() == known.tolist(), "nothing is left open: what is told stays"
+    assert len(even.values["lean"]) == 4, "the first step of every walk is remembered, and no more than that"
+    assert len(even.values["light"]) == 0
 
 
 def test_two_steps_answer_for_what_is_read() -> None:
@@ -183,7 +188,7 @@ def test_two_steps_answer_for_what_is_read() -> None:
     found = {}
     for deep in (1, 2, 3):
         torch.manual_seed(4)
-        made = walker.walk(states(torch.tensor([0, 1])), torch.zeros(2, 4, 4, 4), 4, 2, deep)
+        made = walker.walk(states(torch.tensor([0, 1])), torch.zeros(2, 4, 4, 4), 4, 2, deep)[-1]
         unet.zero_grad()
         made.square().sum().backward()
         grads = [weight.grad.flatten() for weight in unet.parameters() if weight.grad is not None]
@@ -248,7 +253,7 @@ def test_the_adapter_learns_to_show_what_was_asked_for(tmp_path: Path, reader: s
 
     def lost(unet: UNet2DConditionModel) -> float:
         torch.manual_seed(8)
-        return float(sharpen.misread(reader, made_by(unet, bright), {"light": bright}, ALPHAS, 250)["light"])
+        return lost_to(reader, made_by(unet, bright), bright)
 
     unet = sharpened(tmp_path / "sharpen.pt", Plan(100, 1e-2, seed=2, warmup=5), reader, lines.append)
     fresh = student()
@@ -310,7 +315,7 @@ def test_the_student_walks_as_the_scheduler_of_diffusers_does(steps: int) -> Non
     told = states(torch.tensor([0, 1]))
     torch.manual_seed(4)
     with torch.no_grad():
-        made = walker.walk(told, torch.zeros(2, 4, 4, 4), steps, steps - 1)
+        made = walker.walk(told, torch.zeros(2, 4, 4, 4), steps, steps - 1)[-1]
         scheduler = LCMScheduler.from_config(diffusion.scheduler().config)
         scheduler.set_timesteps(steps)
         torch.manual_seed(4)

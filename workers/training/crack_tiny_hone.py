@@ -15,7 +15,7 @@ import argparse
 import json
 import math
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,8 @@ class Settings:
     sharpen_weight: float = 0.02
     direction: float = 3.0
     lean: float = 3.0
-    """How often these two questions count; without a say of `lean` the reader is not asked it at all."""
+    wall: float = 1.0
+    """How often these questions count."""
     crossed: int = 4_000
     """Walls with cracks put together from two, of which the reader learns what running two ways looks like."""
     wet: float = 2.0
@@ -73,13 +74,7 @@ class Honing(crack_tiny.Recipe):
     """The recipe's last stages over a model there is: what came before them is read from its folder."""
 
     model: Path = Path()
-    direction: float = 1.0
-    lean: float = 1.0
-    crossed: int = 0
-    wet: float = 1.0
-    walks: tuple[int, ...] = (2, 4, 4, 8)
-    deep: int = 1
-    remembered: int = 32
+    honing: Settings = field(default_factory=Settings)
 
     def tokenizer(self) -> CLIPTokenizer:
         return CLIPTokenizer.from_pretrained(self.model / "tokenizer")
@@ -114,38 +109,31 @@ class Honing(crack_tiny.Recipe):
     def seen(self) -> tuple[crack_tiny.Latents, dict[str, int], dict[str, NDArray[np.int64]]]:
         latents, kinds, known = crack_tiny.Recipe.seen(self)
         known = known | {"lean": lean(self.pool())}
-        if self.crossed:
-            rng = np.random.default_rng((self.settings.seed, 9))
-            pool, more = crossed(self.pool(), self.crossed, rng)
-            path = self.work / f"crossed-{self.crossed}-{self.settings.pool}-{self.settings.seed}.npy"
-            latents = np.concatenate((latents, diffusion.encode_pool(self.refine(), pool, path)))
-            known = {name: np.concatenate((right, more[name])) for name, right in known.items()}
-            kinds = kinds | {"direction": CROSSED + 1}
-        if not self.lean:
-            known.pop("lean")
-            return latents, kinds, known
-        return latents, kinds | {"lean": len(LEANS)}, known
+        count, settings = self.honing.crossed, self.settings
+        pool, more = crossed(self.pool(), count, np.random.default_rng((settings.seed, 9)))
+        path = self.work / f"crossed-{count}-{settings.pool}-{settings.seed}.npy"
+        latents = np.concatenate((latents, diffusion.encode_pool(self.refine(), pool, path)))
+        known = {name: np.concatenate((right, more[name])) for name, right in known.items()}
+        return latents, kinds | {"direction": CROSSED + 1, "lean": len(LEANS)}, known
 
     def odds(self) -> NDArray[np.float64]:
-        often = np.array([self.wet if scene.water else 1.0 for scene in self.pool().scenes])
+        often = np.array([self.honing.wet if scene.water else 1.0 for scene in self.pool().scenes])
         odds: NDArray[np.float64] = often / often.sum()
         return odds
 
     def wanted(self, told: dict[str, Tensor]) -> dict[str, Tensor]:
         """A diagonal crack may rise or fall; it may not do both."""
-        if not self.lean:
-            return told
         diagonal = told["direction"] == DIAGONAL
         return told | {"lean": torch.where(diagonal, sharpen.ANY, sharpen.UNKNOWN)}
 
     def sharpening(self) -> sharpen.Sharpening:
-        usual = crack_tiny.Recipe.sharpening(self)
+        honing = self.honing
         return replace(
-            usual,
-            walks=self.walks,
-            deep=self.deep,
-            remembered=self.remembered,
-            emphasis={"direction": self.direction, "lean": self.lean},
+            crack_tiny.Recipe.sharpening(self),
+            walks=honing.walks,
+            deep=honing.deep,
+            remembered=honing.remembered,
+            emphasis={"direction": honing.direction, "lean": honing.lean, "wall": honing.wall},
         )
 
 
@@ -180,20 +168,17 @@ def hone(model: Path, work: Path, settings: Settings, out: Path, minutes: float 
     """
     if not (model / "model_index.json").is_file() or not (model / LCM).is_file():
         raise TrainingError(f"{model} is not a crack-tiny to go on with: it has no model_index.json or no {LCM}")
-    if settings.wet <= 0.0 or not settings.walks or not all(1 <= steps <= 50 for steps in settings.walks):
+    if settings.wet <= 0.0 or settings.crossed < 1 or not all(1 <= steps <= 50 for steps in settings.walks or (0,)):
         raise TrainingError(
-            f"walks are of 1 to 50 steps and wet walls asked for more than 0 times as often: {settings.walks} and "
-            f"{settings.wet:g} cannot be"
+            "walks are of 1 to 50 steps, one wall or more is crossed, and wet walls are asked for more than 0 times as "
+            f"often: {settings.walks}, {settings.crossed} and {settings.wet:g} cannot be"
         )
-    given = asdict(settings)
-    own_settings = {
-        name: given.pop(name) for name in ("direction", "lean", "crossed", "wet", "walks", "deep", "remembered")
-    }
+    shared = {one.name for one in fields(crack_tiny.Settings)} & {one.name for one in fields(Settings)}
     # Checkpoints know their seed, not the model they began with: each has a folder of its own.
     own = work / f"hone-{mark(model, beside=[LCM])}"
     own.mkdir(parents=True, exist_ok=True)
-    whole = replace(crack_tiny.Settings(), **given)
-    recipe = Honing(own, whole, minutes, say=partial(print, flush=True), model=model, **own_settings)
+    whole = replace(crack_tiny.Settings(), **{name: getattr(settings, name) for name in shared})
+    recipe = Honing(own, whole, minutes, say=partial(print, flush=True), model=model, honing=settings)
     unet, _ = recipe.sharpen()
     export_lora(out, unet, crack_tiny.NOTES)
     (work / "hone-settings.json").write_text(json.dumps(asdict(settings), indent=2) + "\n", "utf-8")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +27,7 @@ from workers.training.loop import Average, Plan, Say, train
 UNKNOWN = -100
 """The answer to a question that a caption leaves open: no loss."""
 ANY = -101
-"""The answer to a question of which a caption leaves open how, not whether, it is answered: whatever the reader finds
-likeliest, it should be sure of it."""
+"""The answer to a question of which a caption leaves open how, not whether, it is answered: see Even."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,13 +103,17 @@ class Reader(nn.Module):
         return {name: head(seen) for name, head in self.heads.items()}
 
 
+Logits = Mapping[str, Tensor]
+"""What a reader answers: for each question (n, answers)."""
+
+
 class Even:
     """Sees to it that ANY answer does not become the same one always.
 
-    An adapter that is asked to be sure of something finds one thing easiest, and soon draws nothing else. So what a
-    picture is nearest to counts against what the pictures before it were: an answer is the right one if it is likelier
-    than it was for half of them (as pseudo-labels are balanced in Caron et al. 2020, arXiv 2006.09882, by equal parts
-    of a queue). Only for pictures that nothing is decided about yet: the first step of a walk.
+    An adapter that is asked to be sure of something finds one thing easiest, and soon draws nothing else. So what the
+    first step draws is asked for what it is likelier than half of the pictures before it were (as pseudo-labels are
+    balanced in Caron et al. 2020, arXiv 2006.09882, by equal parts of a queue). It is what decides: later steps are
+    asked to go on with what the step before them drew.
     """
 
     def __init__(self, kinds: Mapping[str, int], remembered: int) -> None:
@@ -121,34 +123,42 @@ class Even:
     def update(self, step: int) -> None:
         """Nothing happens between steps."""
 
-    def right(self, name: str, logits: Tensor, asked: Tensor) -> Tensor:
-        """The answers (n,) that are right for these pictures' logits (n, answers), which are remembered if `asked`."""
+    def settle(self, answers: Mapping[str, Tensor], first: Logits, before: Logits | None) -> dict[str, Tensor]:
+        """`answers` (n,) with the right ones where ANY is. `first` was read in what the first step drew, `before` in
+        what the step before the last one did; None while the first step itself learns."""
+        settled = {}
+        for name, wanted in answers.items():
+            free = wanted == ANY
+            even = self._balanced(name, first[name], free) if free.any() else wanted
+            settled[name] = torch.where(free, even if before is None else before[name].argmax(1), wanted)
+        return settled
+
+    def shares(self) -> dict[str, list[float]]:
+        """Of what first steps drew lately, how much of it was each answer (0 to 1)."""
+        return {
+            name: [float((values.argmax(1) == answer).float().mean()) for answer in range(values.shape[1])]
+            for name, values in self.values.items()
+            if len(values)
+        }
+
+    def _balanced(self, name: str, logits: Tensor, asked: Tensor) -> Tensor:
         centred = (logits - logits.mean(1, keepdim=True)).detach().float()
         self.values[name] = torch.cat((self.values[name], centred[asked]))[-self.remembered :]
-        usual = self.values[name].median(0).values if len(self.values[name]) else 0.0
-        return (centred - usual).argmax(1)
+        return (centred - self.values[name].median(0).values).argmax(1)
 
 
-def misread(
-    reader: Reader,
-    latents: Tensor,
-    answers: Mapping[str, Tensor],
-    alphas: Tensor,
-    blur: int,
-    even: Even | None = None,
-) -> dict[str, Tensor]:
-    """The reader's cross-entropy in each question, for latents that are noised up to the timestep `blur` first.
-
-    Where ANY answer is right, the likeliest is, or what evens them out.
-    """
+def read(reader: Reader, latents: Tensor, alphas: Tensor, blur: int) -> Logits:
+    """The reader's logits (n, answers) to each question, of latents that are noised up to the timestep `blur` first."""
     alpha = alphas[torch.randint(0, blur, (len(latents),))].view(-1, 1, 1, 1)
     noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * torch.randn_like(latents)
-    logits = reader(noisy, (1 - alpha).sqrt().view(-1, 1))
+    found: Logits = reader(noisy, (1 - alpha).sqrt().view(-1, 1))
+    return found
+
+
+def misread(logits: Logits, answers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The cross-entropy in each question of which an answer is right."""
     lost = {}
-    for name, wanted in answers.items():
-        free = wanted == ANY
-        likeliest = even.right(name, logits[name], free) if even and free.any() else logits[name].argmax(1)
-        right = torch.where(free, likeliest, wanted)
+    for name, right in answers.items():
         # A batch whose captions all leave it open has a loss of nothing, not of nothing divided by nothing.
         total = functional.cross_entropy(logits[name], right, ignore_index=UNKNOWN, reduction="sum")
         lost[name] = total / (right != UNKNOWN).sum().clamp(min=1)
@@ -177,7 +187,7 @@ def learn_to_read(
         clean = torch.from_numpy(latents[chosen].astype(np.float32))
         right = {name: torch.from_numpy(answers[chosen]) for name, answers in labels.items()}
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            lost = misread(reader, clean, right, alphas, blur)
+            lost = misread(read(reader, clean, alphas, blur), right)
         return torch.stack(list(lost.values())).sum()
 
     average = Average(reader)
@@ -206,17 +216,18 @@ class Student:
         x0, _ = parts(self.kind, latents, guess, alpha.sqrt(), (1 - alpha).sqrt())
         return skip * latents + out * x0
 
-    def walk(self, told: Tensor, like: Tensor, steps: int, stop: int, deep: int = 1) -> Tensor:
-        """Clean latents as seen in step number `stop` of `steps`; only the last `deep` steps have a gradient."""
+    def walk(self, told: Tensor, like: Tensor, steps: int, stop: int, deep: int = 1) -> list[Tensor]:
+        """Clean latents as seen in steps 0 to `stop` of `steps`; only the last `deep` of them have a gradient."""
         self.sampler.set_timesteps(steps, original_inference_steps=50)
         times = [int(t) for t in self.sampler.timesteps]
-        latents = torch.randn_like(like)
-        for number, (now, then) in enumerate(pairwise(times[: stop + 1])):
+        latents, seen = torch.randn_like(like), []
+        for number in range(stop + 1):
             with torch.set_grad_enabled(torch.is_grad_enabled() and number > stop - deep):
-                alpha = self.alphas[then]
-                clean = self.answer(latents, now, told)
-                latents = alpha.sqrt() * clean + (1 - alpha).sqrt() * torch.randn_like(clean)
-        return self.answer(latents, times[stop], told)
+                seen.append(self.answer(latents, times[number], told))
+                if number < stop:
+                    alpha = self.alphas[times[number + 1]]
+                    latents = alpha.sqrt() * seen[-1] + (1 - alpha).sqrt() * torch.randn_like(latents)
+        return seen
 
 
 def fit(
@@ -242,16 +253,24 @@ def fit(
     errors: dict[str, float] = {}
     even = Even(reader.kinds, recipe.remembered)
 
+    @torch.no_grad()
+    def read_quietly(latents: Tensor) -> Logits:
+        return read(reader, latents, student.alphas, recipe.blur)
+
     def step(number: int, rng: np.random.Generator) -> Tensor:
         asked = trial(rng)
         steps = int(rng.choice(recipe.walks))
         stop = int(rng.integers(steps))
-        made = student.walk(asked.told, torch.empty(len(asked.told), *shape), steps, stop, recipe.deep)
-        lost = misread(reader, made, asked.answers, student.alphas, recipe.blur, None if stop else even)
+        seen = student.walk(asked.told, torch.empty(len(asked.told), *shape), steps, stop, recipe.deep)
+        before = read_quietly(seen[-2]) if stop >= recipe.deep else None
+        right = even.settle(asked.answers, read_quietly(seen[0]), before)
+        lost = misread(read(reader, seen[-1], student.alphas, recipe.blur), right)
         for name, error in lost.items():
             errors[name] = 0.98 * errors.get(name, float(error.detach())) + 0.02 * float(error.detach())
         if number % 100 == 99:
             say("misread: " + ", ".join(f"{name} {error:.3f}" for name, error in errors.items()))
+            for name, shares in even.shares().items():
+                say(f"{name} of what first steps drew: " + ", ".join(f"{share:.2f}" for share in shares))
         counted = [error * recipe.emphasis.get(name, 1.0) for name, error in lost.items()]
         total = recipe.weight * torch.stack(counted).sum()
         return total + anchor(rng) if number % recipe.anchored == 0 else total
