@@ -167,7 +167,8 @@ def components(mask: NDArray[np.bool_]) -> list[NDArray[np.int64]]:
 
 
 def rates(seen: Sequence[Seen], meant: Sequence[Scene]) -> dict[str, float | None]:
-    """Shares read as meant: wall; crack present or absent; direction, of cracks that were meant; hairline cracks seen.
+    """Shares read as meant: wall; crack present or absent; walls without a crack, of those that were meant to be whole;
+    direction, of cracks that were meant; hairline cracks seen.
 
     A share of nothing is None: among few pictures there may be no hairline.
     """
@@ -176,6 +177,7 @@ def rates(seen: Sequence[Seen], meant: Sequence[Scene]) -> dict[str, float | Non
     return {
         "wall": _share([s.wall == m.wall for s, m in pairs]),
         "crack": _share([(s.direction == "none") != m.cracked for s, m in pairs]),
+        "whole": _share([s.direction == "none" for s, m in pairs if not m.cracked]),
         "direction": _share([s.direction == m.direction for s, m in cracked]),
         "hairlines": _share([s.direction != "none" for s, m in cracked if m.width == "hairline"]),
     }

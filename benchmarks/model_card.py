@@ -31,7 +31,8 @@ from benchmarks.stock import model_key, style_of
 from benchmarks.training_record import HONING, BadRecord, record, rows
 
 REPORT = Path("benchmarks/out/crack_tiny.json")
-COLUMNS = ("wall", "crack", "direction", "hairlines", "rising", "distance", "sharpness")
+COLUMNS = ("wall", "crack", "whole", "direction", "hairlines", "rising", "distance", "sharpness")
+COARSE = ("distance", "sharpness")
 SHEETS = {
     "crack_tiny_prompts.png": "crack-tiny-prompts.webp",
     "crack_tiny_prompts_style_1.png": "crack-tiny-night.webp",
@@ -99,9 +100,10 @@ MEASURED = """## Measured
 
 `python -m benchmarks.crack_tiny --count {count}`, model {model}: {count} pictures a row, prompts and seeds that were
 never trained on, with all kinds of walls and cracks as often as the painter draws them. An analyser reads wall colour,
-whether there is a crack, its direction (of cracks that were asked for) and how many of the hairline cracks asked for
-are seen; on {judged} painted pictures of each of {seeds} seeds it is right in at least {wall:.3f}, {crack:.3f} and
-{direction:.3f}. Rising: how many of the diagonal cracks go up from left to right; captions do not say, the painter
+whether there is a crack, how many of the walls that were asked for without one are whole, the direction (of cracks
+that were asked for) and how many of the hairline cracks asked for are seen; on {judged} painted pictures of each of
+{seeds} seeds it is right in at least {wall:.3f}, {crack:.3f} and {direction:.3f} of walls, cracks and directions.
+Rising: how many of the diagonal cracks go up from left to right; captions do not say, the painter
 lets half of them. Distance: Frechet distance to painted pictures of the same scenes in the {size} features of a small
 classifier trained on painted pictures (benchmarks/features.py; it names walls right in {named:.2f} and directions in
 {turned:.2f}). Sharpness: mean Laplacian, painted pictures are 1. A rate near 0.95 has a standard error of {error:.3f}.
@@ -271,7 +273,7 @@ def _measured(report: dict[str, Any]) -> str:
 
 
 def _figures(row: dict[str, Any]) -> list[str]:
-    return ["-" if row[name] is None else f"{row[name]:.{2 if name in COLUMNS[5:] else 3}f}" for name in COLUMNS]
+    return ["-" if row[name] is None else f"{row[name]:.{2 if name in COARSE else 3}f}" for name in COLUMNS]
 
 
 def _missed(report: dict[str, Any]) -> list[str]:

@@ -55,11 +55,13 @@ def test_diagonals_rise_or_fall() -> None:
 
 
 def test_rates_count_what_was_meant() -> None:
-    meant = [Scene("blue", "none"), Scene("blue", "vertical", "hairline"), Scene("brick", "diagonal", "wide")]
-    seen = [Seen("blue", "vertical"), Seen("white", "none"), Seen("brick", "diagonal")]
+    bare, cracked = Scene("blue", "none"), [Scene("blue", "vertical", "hairline"), Scene("brick", "diagonal", "wide")]
+    meant = [bare, *cracked, bare]
+    seen = [Seen("blue", "vertical"), Seen("white", "none"), Seen("brick", "diagonal"), Seen("blue", "none")]
     found = analyser.rates(seen, meant)
-    assert found == {"wall": 0.6667, "crack": 0.3333, "direction": 0.5, "hairlines": 0.0}
+    assert found == {"wall": 0.75, "crack": 0.5, "whole": 0.5, "direction": 0.5, "hairlines": 0.0}
     assert analyser.rates(seen[:1], meant[:1])["direction"] is None
+    assert analyser.rates(seen[1:2], meant[1:2])["whole"] is None
 
 
 def test_a_weak_analyser_stops_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,6 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from diffusers import LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -116,17 +115,20 @@ def honed(model: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
         )
     assert crack_tiny_hone.main(["--model", str(work), "--work", str(work)]) == 1
     assert "is not a crack-tiny to go on with" in capsys.readouterr().err
-    for wrong in (["--walks", "0"], ["--walks", "4", "51"], ["--wet", "0"], ["--crossed", "0"]):
+    for wrong in (["--walks", "0"], ["--walks", "4", "51"], ["--wet", "0"], ["--whole", "0"], ["--crossed", "0"]):
         assert crack_tiny_hone.main([*command, *wrong]) == 1
-        assert "walks are of 1 to 50 steps, one wall or more is crossed, and wet walls" in capsys.readouterr().err
+        assert (
+            "walks are of 1 to 50 steps, one wall or more is crossed, and wet walls and whole"
+            in capsys.readouterr().err
+        )
 
 
-def test_wet_walls_are_asked_for_more_often(tmp_path: Path) -> None:
-    recipe = crack_tiny_hone.Honing(
-        tmp_path, replace(crack_tiny.Settings(), pool=12), honing=crack_tiny_hone.Settings(wet=3.0)
-    )
-    wet = np.array([scene.water for scene in recipe.pool().scenes])
-    assert 0 < wet.sum() < len(wet)
-    odds = recipe.odds()
+def test_wet_walls_and_whole_ones_are_asked_for_more_often(tmp_path: Path) -> None:
+    asked = crack_tiny_hone.Settings(wet=3.0, whole=2.0)
+    recipe = crack_tiny_hone.Honing(tmp_path, replace(crack_tiny.Settings(), pool=60), honing=asked)
+    scenes, odds = recipe.pool().scenes, recipe.odds()
     assert odds.sum() == pytest.approx(1.0)
-    assert odds[wet] == pytest.approx(3.0 * odds[~wet][0])
+    for water, cracked, often in ((True, True, 3.0), (False, False, 2.0), (True, False, 6.0), (False, True, 1.0)):
+        alike = odds[[scene.water is water and scene.cracked is cracked for scene in scenes]]
+        assert len(alike) > 0
+        assert alike == pytest.approx(often * odds.min())

@@ -59,7 +59,8 @@ class Settings:
     crossed: int = 4_000
     """Walls with cracks put together from two, of which the reader learns what running two ways looks like."""
     wet: float = 2.0
-    """How many times as often as another a wet wall is asked for."""
+    whole: float = 1.0
+    """How many times as often as others wet walls are asked for, and walls without cracks."""
     walks: tuple[int, ...] = (4, 8, 8)
     """Numbers of steps the student walks, one drawn each time."""
     deep: int = 1
@@ -117,7 +118,9 @@ class Honing(crack_tiny.Recipe):
         return latents, kinds | {"direction": CROSSED + 1, "lean": len(LEANS)}, known
 
     def odds(self) -> NDArray[np.float64]:
-        often = np.array([self.honing.wet if scene.water else 1.0 for scene in self.pool().scenes])
+        scenes = self.pool().scenes
+        often = np.where([scene.water for scene in scenes], self.honing.wet, 1.0)
+        often *= np.where([scene.cracked for scene in scenes], 1.0, self.honing.whole)
         odds: NDArray[np.float64] = often / often.sum()
         return odds
 
@@ -168,10 +171,11 @@ def hone(model: Path, work: Path, settings: Settings, out: Path, minutes: float 
     """
     if not (model / "model_index.json").is_file() or not (model / LCM).is_file():
         raise TrainingError(f"{model} is not a crack-tiny to go on with: it has no model_index.json or no {LCM}")
-    if settings.wet <= 0.0 or settings.crossed < 1 or not all(1 <= steps <= 50 for steps in settings.walks or (0,)):
+    often, walks = (settings.wet, settings.whole), settings.walks
+    if min(often) <= 0.0 or settings.crossed < 1 or not all(1 <= steps <= 50 for steps in walks or (0,)):
         raise TrainingError(
-            "walks are of 1 to 50 steps, one wall or more is crossed, and wet walls are asked for more than 0 times as "
-            f"often: {settings.walks}, {settings.crossed} and {settings.wet:g} cannot be"
+            "walks are of 1 to 50 steps, one wall or more is crossed, and wet walls and whole ones are asked for more "
+            f"than 0 times as often: {walks}, {settings.crossed} and {settings.wet:g}, {settings.whole:g} cannot be"
         )
     shared = {one.name for one in fields(crack_tiny.Settings)} & {one.name for one in fields(Settings)}
     # Checkpoints know their seed, not the model they began with: each has a folder of its own.
