@@ -14,8 +14,9 @@ from benchmarks.crack_tiny import table
 from benchmarks.stock import model_key
 from benchmarks.training_record import BadRecord, read_logs, record
 from benchmarks.verdicts import verdicts
-from workers.training.crack_tiny import PROFILE, Settings
+from workers.training.crack_tiny import PROFILE
 from workers.training.crack_tiny_hone import Settings as Honing
+from workers.training.crack_tiny_settings import Settings
 
 LOG = """[transformers] something else
 autoencoder 50/100 loss 0.5000 0.720 s/step 0.6 min left

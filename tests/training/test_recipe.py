@@ -10,7 +10,7 @@ import torch
 from diffusers import LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from workers.training import crack_tiny, crack_tiny_hone, diffusion, loop
+from workers.training import crack_tiny, crack_tiny_hone, crack_tiny_settings, diffusion, loop
 from workers.training.errors import UNFINISHED, TrainingError
 from workers.training.export import export_lora
 
@@ -72,9 +72,11 @@ def test_every_stage_runs_stops_by_the_clock_and_goes_on(
     assert again.keys() == made.keys()
     assert all(torch.equal(value, again[name]) for name, value in made.items())
 
-    # Another seed has data of its own, and does not go on with weights of this one.
+    # Another seed has data of its own, and does not go on with weights of this one; nor does another rate.
     assert crack_tiny.main([*command, "--seed", "2"]) == 1
     assert "was made with seed 5, not 6: use another working folder" in capsys.readouterr().err
+    assert crack_tiny.main([*command, "--sharpen-rate", "0.5"]) == 1
+    assert "sharpen.pt was made with sharpen_rate 0.0003, not 0.5: use another" in capsys.readouterr().err
 
 
 def honed(model: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,6 +105,11 @@ def honed(model: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (told["direction"], told["crossed"], told["walks"]) == (2.5, 4, [2, 1])
     pipe = StableDiffusionPipeline.from_pretrained(model)
     pipe.load_lora_weights(work, weight_name="lcm-lora.safetensors")
+    # What it was not made with is not written beside it.
+    for name, was_made in (("wet", "wet 2.0, not 9.0"), ("crossed", "crossed 4, not 9")):
+        assert crack_tiny_hone.main([*command, f"--{name}", "9"]) == 1
+        assert f"was made with {was_made}: use another working folder" in capsys.readouterr().err
+    assert json.loads((work / "hone-settings.json").read_text("utf-8")) == told
     # The model itself is as it was.
     after = weights(model)
     assert all(torch.equal(value, after[name]) for name, value in before.items())
@@ -125,7 +132,7 @@ def honed(model: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_wet_walls_and_whole_ones_are_asked_for_more_often(tmp_path: Path) -> None:
     asked = crack_tiny_hone.Settings(wet=3.0, whole=2.0)
-    recipe = crack_tiny_hone.Honing(tmp_path, replace(crack_tiny.Settings(), pool=60), honing=asked)
+    recipe = crack_tiny_hone.Honing(tmp_path, replace(crack_tiny_settings.Settings(), pool=60), honing=asked)
     scenes, odds = recipe.pool().scenes, recipe.odds()
     assert odds.sum() == pytest.approx(1.0)
     for water, cracked, often in ((True, True, 3.0), (False, False, 2.0), (True, False, 6.0), (False, True, 1.0)):

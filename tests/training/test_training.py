@@ -16,7 +16,7 @@ from transformers import CLIPTokenizer
 from farm.painter import caption, sample_scene
 from tests.training.test_adapter_trouble import small_disk
 from workers.training import autoencoder, diffusion, distill, tokens
-from workers.training.crack_tiny import QUICK, Settings
+from workers.training.crack_tiny_settings import QUICK, Settings
 from workers.training.errors import TrainingError
 from workers.training.export import export_lora, export_pipeline
 from workers.training.loop import Plan, load, train

@@ -26,6 +26,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from farm.painter import caption, sample_scene
 from workers.training import autoencoder, diffusion, distill, sharpen, tokens
+from workers.training.crack_tiny_settings import QUICK, Settings
 from workers.training.errors import exit_status
 from workers.training.export import export_lora, export_pipeline, export_profile
 from workers.training.loop import Plan
@@ -45,59 +46,6 @@ asked."""
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
-    """Everything that fixes the result, apart from library versions and the processor."""
-
-    seed: int = 1
-    pool: int = 20_000
-    autoencoder_steps: int = 6_500
-    autoencoder_rate: float = 1e-3
-    refine_steps: int = 2_600
-    refine_rate: float = 5e-4
-    words_steps: int = 3_000
-    words_rate: float = 1e-3
-    base_steps: int = 28_000
-    base_rate: float = 7e-4
-    base_batch: int = 16
-    crack_importance: float = 5.0
-    distil_steps: int = 3_600
-    distil_rate: float = 6e-4
-    distil_batch: int = 16
-    distil_skip: int = 4
-    distil_rank: int = 16
-    distil_low: float = 1.5
-    distil_high: float = 4.0
-    distil_strength: float = 1.1
-    """The adapter falls short of its target, so this much of it goes on: better than 1.0 in every rate, on 240 prompts
-    that the model card's figures do not use."""
-    decoder_steps: int = 1_000
-    decoder_rate: float = 4e-4
-    decoder_share: float = 0.9
-    """So much of the decoder that went on, the rest of the one before: all of it draws lines too dark (pictures are at
-    9.50 from painted ones, not 9.07) and shows no more hairlines. Of 320 prompts that the card's figures do not use."""
-    reader_steps: int = 3_000
-    reader_rate: float = 1e-3
-    sharpen_steps: int = 1_800
-    sharpen_rate: float = 3e-4
-    sharpen_weight: float = 0.02
-    bf16: bool = True
-
-
-# Shows in ten minutes on two cores that the recipe is real; the pictures stay rough.
-QUICK = Settings(
-    pool=1_000,
-    autoencoder_steps=150,
-    refine_steps=30,
-    words_steps=130,
-    base_steps=250,
-    distil_steps=40,
-    decoder_steps=20,
-    reader_steps=60,
-    sharpen_steps=10,
-)
-
-
-@dataclass(frozen=True, slots=True)
 class Recipe:
     """The stages over one working folder."""
 
@@ -107,8 +55,16 @@ class Recipe:
     compiled: bool = False
     say: Callable[[str], None] = print
 
-    def plan(self, steps: int, rate: float, stage: int) -> Plan:
-        return Plan(steps, rate, seed=self.settings.seed + stage, minutes=self.minutes)
+    def plan(self, stage: str, number: int) -> Plan:
+        """How a stage learns. Its own settings and those it shares decide the result, not those of later ones."""
+        steps, rate = (getattr(self.settings, f"{stage}_{name}") for name in ("steps", "rate"))
+        return Plan(
+            steps,
+            rate,
+            seed=self.settings.seed + number,
+            minutes=self.minutes,
+            settings=self.settings.decisive(stage),
+        )
 
     def pool(self) -> Pool:
         return open_pool(self.work, self.settings.pool, SIDE, self.settings.seed)
@@ -117,14 +73,14 @@ class Recipe:
         return _tokenizer(self.work / "tokenizer", self.settings.seed)
 
     def autoencoder(self) -> AutoencoderKL:
-        plan = self.plan(self.settings.autoencoder_steps, self.settings.autoencoder_rate, 0)
+        plan = self.plan("autoencoder", 0)
         path = self.work / "autoencoder.pt"
         return autoencoder.fit(self.pool(), plan, path, bf16=self.settings.bf16, say=self.say)
 
     def refine(self) -> AutoencoderKL:
         """The autoencoder that also keeps what is a pixel wide."""
         model = self.autoencoder()
-        plan = self.plan(self.settings.refine_steps, self.settings.refine_rate, 5)
+        plan = self.plan("refine", 5)
         autoencoder.refine(model, self.pool(), plan, self.work / "refine.pt", bf16=self.settings.bf16, say=self.say)
         return model
 
@@ -139,13 +95,13 @@ class Recipe:
         tokenizer = self.tokenizer()
         torch.manual_seed(self.settings.seed + 4)
         text = diffusion.build_text(diffusion.Size(), tokenizer)
-        plan = self.plan(self.settings.words_steps, self.settings.words_rate, 4)
+        plan = self.plan("words", 4)
         path, bf16 = self.work / "words.pt", self.settings.bf16
         heads = diffusion.learn_words(text, MEANINGS, tokenizer, plan=plan, checkpoint=path, bf16=bf16, say=self.say)
         return text, heads
 
     def base(self) -> tuple[UNet2DConditionModel, CLIPTextModel]:
-        plan = self.plan(self.settings.base_steps, self.settings.base_rate, 1)
+        plan = self.plan("base", 1)
         text = self.words()
         unet = diffusion.fit(
             self.latents(),
@@ -197,7 +153,7 @@ class Recipe:
             diffusion.scheduler(),
             self.lessons(text),
             recipe=self.distillation(),
-            plan=self.plan(self.settings.distil_steps, self.settings.distil_rate, 2),
+            plan=self.plan("distil", 2),
             checkpoint=self.work / "distil.pt",
             bf16=self.settings.bf16,
             say=self.say,
@@ -230,7 +186,7 @@ class Recipe:
             self.latents(),
             pool,
             guess,
-            self.plan(self.settings.decoder_steps, self.settings.decoder_rate, 8),
+            self.plan("decoder", 8),
             self.work / "decode.pt",
             share=self.settings.decoder_share,
             bf16=self.settings.bf16,
@@ -266,7 +222,7 @@ class Recipe:
             known,
             diffusion.scheduler().alphas_cumprod,
             blur=sharpen.Sharpening().blur,
-            plan=self.plan(self.settings.reader_steps, self.settings.reader_rate, 6),
+            plan=self.plan("reader", 6),
             checkpoint=self.work / "reader.pt",
             bf16=self.settings.bf16,
             say=self.say,
@@ -304,7 +260,7 @@ class Recipe:
             self.reader(),
             shape=(size.latent, size.grid, size.grid),
             recipe=self.sharpening(),
-            plan=self.plan(self.settings.sharpen_steps, self.settings.sharpen_rate, 7),
+            plan=self.plan("sharpen", 7),
             checkpoint=self.work / "sharpen.pt",
             bf16=self.settings.bf16,
             say=self.say,

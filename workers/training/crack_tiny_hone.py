@@ -30,10 +30,11 @@ from peft import set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from workers.training import crack_tiny, diffusion, distill, sharpen
+from workers.training import crack_tiny, crack_tiny_settings, diffusion, distill, sharpen
 from workers.training.errors import TrainingError, exit_status
 from workers.training.export import export_lora
 from workers.training.finished import mark
+from workers.training.loop import Plan
 from workers.training.questions import CROSSED, DIAGONAL, LEANS, MEANINGS, crossed, lean
 
 LCM = "lcm-lora.safetensors"
@@ -77,6 +78,13 @@ class Honing(crack_tiny.Recipe):
     model: Path = Path()
     honing: Settings = field(default_factory=Settings)
 
+    def plan(self, stage: str, number: int) -> Plan:
+        plan = crack_tiny.Recipe.plan(self, stage, number)
+        own = {one.name for one in fields(Settings)} - {one.name for one in fields(crack_tiny_settings.Settings)}
+        more = {"reader": {"crossed"}, "sharpen": own}.get(stage, set())
+        plan.settings = {**plan.settings, **{name: getattr(self.honing, name) for name in sorted(more)}}
+        return plan
+
     def tokenizer(self) -> CLIPTokenizer:
         return CLIPTokenizer.from_pretrained(self.model / "tokenizer")
 
@@ -87,7 +95,7 @@ class Honing(crack_tiny.Recipe):
     def words_with_answers(self) -> tuple[CLIPTextModel, nn.ModuleDict]:
         """The text encoder stays; what names the answers was not shipped with it and is learned anew."""
         text = CLIPTextModel.from_pretrained(self.model / "text_encoder").float().requires_grad_(False)
-        plan = self.plan(self.settings.words_steps, self.settings.words_rate, 4)
+        plan = self.plan("words", 4)
         torch.manual_seed(plan.seed)
         path = self.work / "answers.pt"
         heads = diffusion.learn_words(
@@ -177,11 +185,11 @@ def hone(model: Path, work: Path, settings: Settings, out: Path, minutes: float 
             "walks are of 1 to 50 steps, one wall or more is crossed, and wet walls and whole ones are asked for more "
             f"than 0 times as often: {walks}, {settings.crossed} and {settings.wet:g}, {settings.whole:g} cannot be"
         )
-    shared = {one.name for one in fields(crack_tiny.Settings)} & {one.name for one in fields(Settings)}
+    shared = {one.name for one in fields(crack_tiny_settings.Settings)} & {one.name for one in fields(Settings)}
     # Checkpoints know their seed, not the model they began with: each has a folder of its own.
     own = work / f"hone-{mark(model, beside=[LCM])}"
     own.mkdir(parents=True, exist_ok=True)
-    whole = replace(crack_tiny.Settings(), **{name: getattr(settings, name) for name in shared})
+    whole = replace(crack_tiny_settings.Settings(), **{name: getattr(settings, name) for name in shared})
     recipe = Honing(own, whole, minutes, say=partial(print, flush=True), model=model, honing=settings)
     unet, _ = recipe.sharpen()
     export_lora(out, unet, crack_tiny.NOTES)

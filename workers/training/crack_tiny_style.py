@@ -76,7 +76,8 @@ def fit(
     if settings.pictures < 1:
         raise TrainingError(f"a style needs at least one picture, not {settings.pictures}")
     model = open_finished(folder, "to learn a style on")
-    mine = mark(folder, settings.seed, settings.pictures, settings.rank)
+    # More steps may follow: a longer run goes on from a shorter one.
+    mine = mark(folder, *(value for name, value in asdict(settings).items() if name != "steps"))
     unet, schedule = model.unet, model.schedule
     torch.manual_seed(settings.seed)
     distill.attach(unet, settings.rank)

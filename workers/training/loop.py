@@ -28,7 +28,8 @@ class Plan:
     """How long and how fast to train.
 
     `steps` counts optimizer steps from the very beginning, resumed ones included. The learning
-    rate warms up, stays, and falls to a twentieth over the last `decay` share of the steps.
+    rate warms up, stays, and falls to a twentieth over the last `decay` share of the steps. `settings` are what else
+    decides the result: a checkpoint that was made with others is not gone on with.
     """
 
     steps: int
@@ -40,6 +41,7 @@ class Plan:
     save_every: int = 200
     say_every: int = 50
     minutes: float = math.inf
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def rate_at(self, step: int) -> float:
         """The learning rate of a step.
@@ -131,7 +133,7 @@ def train(
     if not weights:
         raise TrainingError("nothing to train: no weight requires a gradient")
     optimizer = torch.optim.AdamW(weights, lr=plan.rate, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
-    done = _resume(checkpoint, modules, averages, optimizer, plan.seed)
+    done = _resume(checkpoint, modules, averages, optimizer, plan)
     first, started, smooth = done, time.monotonic(), math.nan
     lap, lap_step = started, first
     while done < plan.steps and time.monotonic() - started < plan.minutes * 60:
@@ -160,10 +162,10 @@ def train(
             say(f"{checkpoint.stem} {done}/{plan.steps} loss {smooth:.4f} "
                 f"{pace:.3f} s/step {left:.1f} min left")  # fmt: skip
         if done % plan.save_every == 0 or done == plan.steps:
-            save(checkpoint, _state(done, modules, averages, optimizer, plan.seed))
+            save(checkpoint, _state(done, modules, averages, optimizer, plan))
     if done < plan.steps:
         if done > first and done % plan.save_every:
-            save(checkpoint, _state(done, modules, averages, optimizer, plan.seed))
+            save(checkpoint, _state(done, modules, averages, optimizer, plan))
         raise UnfinishedError(f"{checkpoint.stem}: {done} of {plan.steps} steps are done; the same command goes on")
 
 
@@ -177,11 +179,12 @@ def _state(
     modules: Mapping[str, nn.Module],
     averages: Mapping[str, Kept],
     optimizer: torch.optim.Optimizer,
-    seed: int,
+    plan: Plan,
 ) -> dict[str, Any]:
     return {
         "step": done,
-        "seed": seed,
+        "seed": plan.seed,
+        "settings": dict(plan.settings),
         "modules": {name: _trained(module) for name, module in modules.items()},
         "averages": {name: average.values for name, average in averages.items()},
         "optimizer": optimizer.state_dict(),
@@ -193,13 +196,16 @@ def _resume(
     modules: Mapping[str, nn.Module],
     averages: Mapping[str, Kept],
     optimizer: torch.optim.Optimizer,
-    seed: int,
+    plan: Plan,
 ) -> int:
     if not checkpoint.exists():
         return 0
     state = load(checkpoint)
-    if (other := state.get("seed", seed)) != seed:
-        raise TrainingError(f"{checkpoint} was made with seed {other}, not {seed}: use another working folder")
+    # A checkpoint of a release that did not keep a setting says nothing of it.
+    was = {"seed": state.get("seed", plan.seed), **state.get("settings", {})}
+    for name, mine in {"seed": plan.seed, **plan.settings}.items():
+        if (other := was.get(name, mine)) != mine:
+            raise TrainingError(f"{checkpoint} was made with {name} {other}, not {mine}: use another working folder")
     try:
         for name, module in modules.items():
             own = _trained(module)
