@@ -87,36 +87,35 @@ class Bench:
     def place(self, way: Way) -> Path:
         return self.folder if way.lcm else self.teacher
 
-    def pictures(self, way: Way, asked: list[Asked], series: str) -> tuple[Pictures, float]:
-        """The pictures of a row, rendered where they are not there yet, and median seconds a picture."""
-        parts, took = [], []
+    def pictures(self, way: Way, asked: list[Asked], series: str) -> Pictures:
+        """The pictures of a row, rendered where they are not there yet."""
+        parts = []
         for start in range(0, len(asked), PIECE):
             part = asked[start : start + PIECE]
-            made, seconds, fresh = self._piece(way, part, self.place(way) / series / way.name / f"{start:05}.npz")
+            made, fresh = self._piece(way, part, self.place(way) / series / way.name / f"{start:05}.npz")
             parts.append(made)
-            took += seconds
             self.pace.expect(way, len(asked) - start - len(part))
             if fresh:
                 self.pace.done(way, len(part), fresh)
                 done = f"{start + len(part)}/{len(asked)}"
                 say(f"{way.name}: {done} pictures, {fresh / len(part):.2f} s each; {self.pace.eta}")
         self.pace.left.pop(way.name, None)
-        return np.concatenate(parts), float(np.median(took))
+        return np.concatenate(parts)
 
-    def _piece(self, way: Way, asked: list[Asked], path: Path) -> tuple[Pictures, list[float], float]:
+    def _piece(self, way: Way, asked: list[Asked], path: Path) -> tuple[Pictures, float]:
         wanted = prompts.digest(asked)
         if path.exists():
             with np.load(path) as kept:
                 if str(kept["prompts"]) == wanted:
-                    return kept["pictures"], list(kept["seconds"]), 0.0
+                    return kept["pictures"], 0.0
         started = time.perf_counter()
-        made, seconds = self.renderer.render([one.text for one in asked], [one.seed for one in asked], way)
+        made, _ = self.renderer.render([one.text for one in asked], [one.seed for one in asked], way)
         fresh = time.perf_counter() - started
         path.parent.mkdir(parents=True, exist_ok=True)
         half = path.with_suffix(".part.npz")
-        np.savez_compressed(half, pictures=made, seconds=seconds, prompts=wanted)
+        np.savez_compressed(half, pictures=made, prompts=wanted)
         half.replace(path)
-        return made, seconds, fresh
+        return made, fresh
 
 
 @dataclass
@@ -151,10 +150,9 @@ def judged(bench: Bench, way: Way, judge: Judge) -> dict[str, Any]:
         if row["judge"] == judge.name:
             bench.pace.left.pop(way.name, None)
             return row
-    pictures, seconds = bench.pictures(way, judge.asked, "table")
     row = {
         "lcm": way.lcm, "steps": way.steps, "guidance": way.guidance, "passes": way.passes,
-        "seconds": round(seconds, 4), **judge(pictures), "judge": judge.name,
+        **judge(bench.pictures(way, judge.asked, "table")), "judge": judge.name,
     }  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(row, indent=2) + "\n", "utf-8")
@@ -185,6 +183,19 @@ def timing(renderer: Renderer, asked: list[Asked], rounds: int = 5) -> tuple[dic
     return {"alone": round(median["alone"], 4), "together": round(median["together"], 4)}, pace
 
 
+def paces(renderer: Renderer, asked: list[Asked], ways: list[Way], rounds: int = 2) -> dict[str, float]:
+    """Seconds a picture of each row takes, one of eight together: the quickest of some rounds through all rows.
+
+    Pictures may be kept from another day or machine; what they took is found anew, all rows side by side.
+    """
+    texts, seeds = [one.text for one in asked[:TOGETHER]], [one.seed for one in asked[:TOGETHER]]
+    took: dict[str, list[float]] = {way.name: [] for way in ways}
+    for _ in range(rounds):
+        for way in ways:
+            took[way.name] += renderer.render(texts, seeds, way)[1]
+    return {name: round(min(seconds), 4) for name, seconds in took.items()}
+
+
 def machine(device: str) -> dict[str, Any]:
     """Where the figures come from."""
     names = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
@@ -212,12 +223,12 @@ def draw_sheets(bench: Bench, out: Path, ways: list[Way], asked: list[Asked]) ->
     rows = []
     for weight in STYLES if style else STYLES[:1]:
         way = Way(True, 4, style=weight)
-        made, _ = bench.pictures(way, asked[:ON_SHEET], f"style-{mark}" if weight else "table")
+        made = bench.pictures(way, asked[:ON_SHEET], f"style-{mark}" if weight else "table")
         sheets.grid(made, out / f"crack_tiny_prompts{f'_style_{weight:g}' if weight else ''}.png")
-        made, _ = bench.pictures(way, demo, f"demo-{mark}")
+        made = bench.pictures(way, demo, f"demo-{mark}")
         rows += [(made[at : at + 8], f"style {weight:g}" if at == 0 else "") for at in range(0, len(made), 8)]
     sheets.labelled(rows, out / "crack_tiny_demo.png")
-    steps = [(bench.pictures(way, asked[:PIECE], "table")[0][:8], f"{way.name}, {way.passes} passes") for way in ways]
+    steps = [(bench.pictures(way, asked[:PIECE], "table")[:8], f"{way.name}, {way.passes} passes") for way in ways]
     sheets.labelled(steps, out / "crack_tiny_steps.png")
     texts = [f"{k // 8 + 1}.{k % 8 + 1} {one.text}" for k, one in enumerate(asked[:ON_SHEET])]
     (out / "crack_tiny_prompts.txt").write_text("\n".join(texts) + "\n", "utf-8")
@@ -227,12 +238,18 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
+def shelves(out: Path, model: Path, seed: int, device: str) -> tuple[Path, Path]:
+    """Where the pictures of a model are kept, and those of its teacher. What another kind of device drew is not
+    this one's."""
+    end = f"{seed}" if device == "cpu" else f"{seed}-{device}"
+    return out / f"{model_key(model)}-{end}", out / f"teacher-{model_key(model, lcm=False)}-{end}"
+
+
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """The whole report; raises WeakAnalyser before anything is rendered."""
     report: dict[str, Any] = {"analyser": {"count": 500, "seeds": len(analyser.SEEDS), **analyser.check(500)}}
     say(f"analyser on painted pictures, the least of each seed's rates: {report['analyser']}")
     key = model_key(options.model)
-    folder = options.out / f"{key}-{options.seed}"
     asked = prompts.prompts(options.count, options.seed)
     eye, eye_name = features.open_eye(options.out, say)
     judge = Judge(eye, asked, prompts.painted(asked, 0), judge_name(asked, eye_name))
@@ -243,8 +260,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     seconds, pace = timing(renderer, asked)
     for way in ways:
         pace.expect(way, len(asked))
-    teacher = options.out / f"teacher-{model_key(options.model, lcm=False)}-{options.seed}"
-    bench = Bench(renderer, folder, teacher, pace)
+    bench = Bench(renderer, *shelves(options.out, options.model, options.seed, options.device), pace)
     say(f"model {key}, {len(ways)} rows of {len(asked)} pictures: at most {pace.eta}")
     other = prompts.painted(asked, 1)
     report |= {
@@ -253,8 +269,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "features": {"name": eye_name, "size": features.WIDTH, "right": features.accuracy(eye)},
         "painted": judge(other), "autoencoder": judge(renderer.reconstruct(other)), "rows": {},
     }  # fmt: skip
+    each = paces(renderer, asked, ways)
     for way in ways:
-        report["rows"][way.name] = {k: v for k, v in judged(bench, way, judge).items() if k != "judge"}
+        row = {k: v for k, v in judged(bench, way, judge).items() if k != "judge"}
+        report["rows"][way.name] = {**row, "seconds": each[way.name]}
         say(f"{way.name}: {report['rows'][way.name]}")
         report["verdicts"] = verdicts(report)
         (options.out / "crack_tiny.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")

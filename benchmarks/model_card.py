@@ -29,6 +29,7 @@ from benchmarks.control import net_key
 from benchmarks.geometry import CRACK_TINY
 from benchmarks.stock import model_key, style_of
 from benchmarks.training_record import HONING, BadRecord, record, rows
+from workers.training.crack_tiny_hone import options
 
 REPORT = Path("benchmarks/out/crack_tiny.json")
 COLUMNS = ("wall", "crack", "whole", "direction", "hairlines", "rising", "distance", "sharpness")
@@ -86,12 +87,13 @@ HONED = (
     HONED_TITLE
     + """
 
-    python -m workers.training.crack_tiny_hone --model FOLDER --work DIR{style}
+    python -m workers.training.crack_tiny_hone --model FOLDER --work DIR{options}{style}
 
 The LCM-LoRA of the table above was then sharpened further, from the finished model's folder alone: {pool:,} pictures
 and {crossed:,} whose cracks were put together from two, seed {seed}, the direction of a crack counting {direction:g}
-times, wet walls asked for {wet:g} times as often as others, walks of {walks} steps, diagonal cracks having to rise or
-to fall.{styled} Hardware: {hardware}; {hours:.1f} hours in all, as the logs tell.{notes}
+times and the wall {wall:g} times, wet walls asked for {wet:g} times as often as others and walls without cracks
+{whole:g} times, walks of {walks} steps, diagonal cracks having to rise or to fall, half of them each.{styled}
+Hardware: {hardware}; {hours:.1f} hours in all, as the logs tell.{notes}
 
 {table}"""
 )
@@ -177,6 +179,7 @@ def with_honing(text: str, made: dict[str, Any]) -> str:
         before = "".join(line for line in lines if not line.startswith("| style |") and STYLE_COMMAND not in line)
     section = HONED.format(
         **{**made["settings"], "walks": ", ".join(map(str, made["settings"]["walks"]))},
+        options="".join(f" {option}" for option in options(made["settings"])),
         style=f"\n    {STYLE_COMMAND}" if "style" in made else "",
         styled=" After that the style was trained." if "style" in made else "",
         hardware=made["hardware"],

@@ -109,11 +109,10 @@ def test_a_stopped_row_goes_on_where_it_stopped(stub: Stub, tmp_path: Path, monk
         with pytest.raises(KeyboardInterrupt):
             bench(stub, tmp_path).pictures(way, asked, "table")
     assert stub.made == crack_tiny.PIECE
-    pictures, seconds = bench(stub, tmp_path).pictures(way, asked, "table")
+    pictures = bench(stub, tmp_path).pictures(way, asked, "table")
     assert stub.made == len(pictures) == 80
-    assert seconds == 0.5
     longer = prompts.prompts(96, 3)
-    again, _ = bench(stub, tmp_path).pictures(way, longer, "table")
+    again = bench(stub, tmp_path).pictures(way, longer, "table")
     assert np.array_equal(again[:80], pictures)
     assert stub.made == 80 + 32, "only the last, short piece is made again"
     bench(stub, tmp_path).pictures(way, prompts.prompts(32, 4), "table")
@@ -125,14 +124,14 @@ def test_a_row_is_kept_until_its_judge_changes(stub: Stub, tmp_path: Path) -> No
     torch.manual_seed(0)
     judge = Judge(features.Eye().eval(), asked, prompts.painted(asked, 0), "judge one")
     row = judged(bench(stub, tmp_path), Way(False, 2, 3.0), judge)
-    assert (row["passes"], row["steps"], row["lcm"], row["seconds"]) == (4, 2, False, 0.5)
+    assert (row["passes"], row["steps"], row["lcm"]) == (4, 2, False)
     assert row["wall"] < 1
     assert row["sharpness"] > 1, "noise is sharper than walls"
     (kept,) = (tmp_path / "teacher" / "rows").glob("*.json")
-    kept.write_text(kept.read_text().replace('"seconds": 0.5', '"seconds": 0.25'))
-    assert judged(bench(stub, tmp_path), Way(False, 2, 3.0), judge)["seconds"] == 0.25
+    kept.write_text(kept.read_text().replace('"passes": 4', '"passes": 5'))
+    assert judged(bench(stub, tmp_path), Way(False, 2, 3.0), judge)["passes"] == 5
     judge.name = "judge two"
-    assert judged(bench(stub, tmp_path), Way(False, 2, 3.0), judge)["seconds"] == 0.5
+    assert judged(bench(stub, tmp_path), Way(False, 2, 3.0), judge)["passes"] == 4
     assert stub.made == 16, "pictures are kept, judged or not"
     another = replace(bench(stub, tmp_path), folder=tmp_path / "another LCM-LoRA")
     judged(another, Way(False, 2, 3.0), judge)
@@ -140,6 +139,27 @@ def test_a_row_is_kept_until_its_judge_changes(stub: Stub, tmp_path: Path) -> No
     for _ in range(2):
         judged(another, Way(True, 2), judge)
     assert stub.made == 32
+
+
+def test_seconds_are_of_one_run_and_its_rows_side_by_side(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    ways, order, took = [Way(True, 4), Way(False, 2)], list[str](), iter((0.5, 0.9, 0.7, 0.8))
+
+    def renders(texts: Sequence[str], seeds: Sequence[int], way: Way) -> tuple[None, list[float]]:
+        assert len(texts) == len(seeds) == 8
+        order.append(way.name)
+        return None, [next(took)]
+
+    monkeypatch.setattr(stub, "render", renders)
+    found = crack_tiny.paces(stub, prompts.prompts(12, 3), ways)  # type: ignore[arg-type]
+    assert found == {"lcm-4": 0.5, "ddim-2": 0.8}, "the quicker of two rounds"
+    assert order == ["lcm-4", "ddim-2"] * 2
+
+
+def test_what_another_device_drew_is_kept_apart(tmp_path: Path) -> None:
+    (tmp_path / "lcm-lora.safetensors").write_bytes(b"1")
+    here, there = (crack_tiny.shelves(tmp_path, tmp_path, 7, device) for device in ("cpu", "cuda"))
+    assert len({*here, *there}) == 4
+    assert here == crack_tiny.shelves(tmp_path, tmp_path, 7, "cpu")
 
 
 def test_the_table_has_every_row_and_its_passes() -> None:

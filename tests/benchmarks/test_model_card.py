@@ -1,6 +1,7 @@
 """The model card: figures from a report, the recipe from settings and logs, and nothing for another model."""
 
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from benchmarks.training_record import BadRecord, read_logs, record
 from benchmarks.verdicts import verdicts
 from workers.training.crack_tiny import PROFILE
 from workers.training.crack_tiny_hone import Settings as Honing
+from workers.training.crack_tiny_hone import parsed
 from workers.training.crack_tiny_settings import Settings
 
 LOG = """[transformers] something else
@@ -173,8 +175,10 @@ def test_what_was_gone_on_with_is_told_before_what_was_measured(folder: Path, tm
     whole = model_card.card(report(folder), record(settings, [log], "two toy cores", style, []), folder)
     assert "\n| style | 25 | 16 | 0.001 | 0.030 | 0.03 |\n" in whole
     (folder / "README.md").write_text(whole)
-    honing = {name: getattr(Honing(), name) for name in Honing.__slots__}
-    (tmp_path / "hone-settings.json").write_text(json.dumps({**honing, "sharpen_steps": 50}))
+    said = ["--sharpen-steps", "50", "--wet", "1.5", "--walks", "4", "8"]
+    unusual = replace(Honing(), sharpen_steps=50, wet=1.5, walks=(4, 8))
+    assert parsed(["--model", "FOLDER", "--work", "DIR", *said])[0] == unusual
+    (tmp_path / "hone-settings.json").write_text(json.dumps(asdict(unusual)))
     more = tmp_path / "hone.log"
     given = ["--model", str(folder), "--honed", str(tmp_path / "hone-settings.json"), "--log", str(more)]
     for loss in ("0.0444", "0.0333"):
@@ -187,7 +191,9 @@ def test_what_was_gone_on_with_is_told_before_what_was_measured(folder: Path, tm
         assert f"| sharpen | 50 | 16 | 0.0002 | {float(loss):.3f} | 0.10 |" in section.splitlines()
         assert "| style | 25 | 16 | 0.001 | 0.030 | 0.03 |" in section.splitlines()
         assert "one toy core; 0.1 hours in all, as the logs tell. It slept." in section.replace("\n", " ")
-        assert "walks of 4, 8, 8 steps" in section
+        assert "walks of 4, 8 steps" in section
+        # What is printed makes what is shipped: every setting that is not usual stands in the command.
+        assert f"crack_tiny_hone --model FOLDER --work DIR {' '.join(said)}\n" in section
         assert "style | 25" not in before, "the style that is there is told of once"
         assert measured == whole.partition("\n## Measured\n")[2], "all else stays"
     with pytest.raises(SystemExit):

@@ -1,4 +1,5 @@
-"""Every `farm` command of README.md and docs/ is one the command line takes: its name, its options, its arguments."""
+"""Every command of README.md and docs/ is one that is taken: of `farm` its name, its options and its arguments; of
+`python -m` the program and its options."""
 
 import re
 import shlex
@@ -15,13 +16,37 @@ ROOT = Path(__file__).parents[2]
 FENCE = re.compile(r"^```(?:sh|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 UsageError = typer.BadParameter.__base__ or Exception
 """What typer's parser raises for a wrong line; typer itself names only its child."""
-LINE = re.compile(r"^(?:\$ )?(?:\.venv/bin/)?(farm .+)$", re.MULTILINE)
+INDENTED = re.compile(r"(?<=\n\n)((?: {4}.*\n)+)")
+LINE = re.compile(r"^ *(?:\$ )?(?:\.venv/bin/)?(farm .+)$", re.MULTILINE)
+PROGRAM = re.compile(r"python -m ((?:farm|workers|api|benchmarks)[.\w]*)([^\n`]*)")
+OPTION = re.compile(r"(?<!\S)--[a-z][-a-z0-9]*")
+
+
+def pages() -> list[str]:
+    found = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return [re.sub(r" *\\\n *", " ", page.read_text("utf-8")) for page in found]
 
 
 def documented() -> list[str]:
-    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-    blocks = [block.replace("\\\n", " ") for page in pages for block in FENCE.findall(page.read_text("utf-8"))]
+    blocks = [block for page in pages() for block in (*FENCE.findall(page), *INDENTED.findall(page))]
     return sorted({line for block in blocks for line in LINE.findall(block)})
+
+
+def programs() -> list[tuple[str, str]]:
+    """Modules that are run as programs, in blocks and in the running text, each with what stands behind it."""
+    return sorted({found for page in pages() for found in PROGRAM.findall(page)})
+
+
+def untaken(module: str, words: str) -> list[str]:
+    """The options in `words` of which the program, or the settings it makes options of, says nothing."""
+    place = ROOT / Path(*module.split("."))
+    file = place / "__main__.py" if place.is_dir() else place.with_suffix(".py")
+    if not file.is_file():
+        return [module]
+    sources = file.read_text("utf-8")
+    sources += "".join(other.read_text("utf-8") for other in file.parent.glob(f"{file.stem}_settings.py"))
+    fields = {f"--{name.replace('_', '-')}" for name in re.findall(r"^    (\w+): ", sources, re.MULTILINE)}
+    return [option for option in OPTION.findall(words) if f'"{option}"' not in sources and option not in fields]
 
 
 def taken(line: str) -> None:
@@ -55,3 +80,23 @@ def test_one_that_is_none_is_found() -> None:
     for line in ("farm rendr x", "farm render x --mesk y", "farm models add onlyaname"):
         with pytest.raises(UsageError):
             taken(line)
+
+
+def test_every_program_in_the_docs_takes_what_is_said_behind_it() -> None:
+    found = programs()
+    assert {"workers.training.crack_tiny", "workers.training.crack_tiny_hone", "benchmarks.control"} <= {
+        module for module, _ in found
+    }
+    assert {(module, option) for module, words in found for option in untaken(module, words)} == set()
+
+
+def test_a_program_or_an_option_that_is_none_is_found() -> None:
+    assert untaken("workers.training.crack_tinny", "") == ["workers.training.crack_tinny"]
+    assert untaken("workers.training.crack_tiny", " --work DIR --qwick") == ["--qwick"]
+    assert untaken("workers.training.crack_tiny", " --quick --base-steps 9") == []
+
+
+def test_indented_blocks_are_read_too() -> None:
+    (block,) = INDENTED.findall("To see it:\n\n    farm up\n    farm down\n\nThen that.\n")
+    assert LINE.findall(block) == ["farm up", "farm down"]
+    assert "farm models add quick /tmp/quick/model" in documented()

@@ -106,7 +106,7 @@ def honed(model: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pipe = StableDiffusionPipeline.from_pretrained(model)
     pipe.load_lora_weights(work, weight_name="lcm-lora.safetensors")
     # What it was not made with is not written beside it.
-    for name, was_made in (("wet", "wet 2.0, not 9.0"), ("crossed", "crossed 4, not 9")):
+    for name, was_made in (("wet", "wet 3.0, not 9.0"), ("crossed", "crossed 4, not 9")):
         assert crack_tiny_hone.main([*command, f"--{name}", "9"]) == 1
         assert f"was made with {was_made}: use another working folder" in capsys.readouterr().err
     assert json.loads((work / "hone-settings.json").read_text("utf-8")) == told

@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -33,7 +34,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from workers.training import crack_tiny, crack_tiny_settings, diffusion, distill, sharpen
 from workers.training.errors import TrainingError, exit_status
 from workers.training.export import export_lora
-from workers.training.finished import mark
+from workers.training.finished import check_finished, mark
 from workers.training.loop import Plan
 from workers.training.questions import CROSSED, DIAGONAL, LEANS, MEANINGS, crossed, lean
 
@@ -50,23 +51,23 @@ class Settings:
     words_rate: float = 5e-3
     reader_steps: int = 3_000
     reader_rate: float = 1e-3
-    sharpen_steps: int = 800
+    sharpen_steps: int = 600
     sharpen_rate: float = 2e-4
     sharpen_weight: float = 0.02
     direction: float = 3.0
     lean: float = 3.0
-    wall: float = 1.0
+    wall: float = 2.0
     """How often these questions count."""
     crossed: int = 4_000
     """Walls with cracks put together from two, of which the reader learns what running two ways looks like."""
-    wet: float = 2.0
-    whole: float = 1.0
+    wet: float = 3.0
+    whole: float = 3.0
     """How many times as often as others wet walls are asked for, and walls without cracks."""
-    walks: tuple[int, ...] = (4, 8, 8)
+    walks: tuple[int, ...] = (1, 4, 8, 8, 8)
     """Numbers of steps the student walks, one drawn each time."""
-    deep: int = 1
+    deep: int = 2
     """How many of the steps walked last answer for what the reader finds."""
-    remembered: int = 32
+    remembered: int = 64
     """Of so many pictures of diagonal cracks half have to rise."""
     bf16: bool = True
 
@@ -177,6 +178,7 @@ def hone(model: Path, work: Path, settings: Settings, out: Path, minutes: float 
     Raises TrainingError when the folder is no such model or something cannot be written, UnfinishedError when the
     minutes are over first; what is in `work` then goes on.
     """
+    check_finished(model, "to go on with")
     if not (model / "model_index.json").is_file() or not (model / LCM).is_file():
         raise TrainingError(f"{model} is not a crack-tiny to go on with: it has no model_index.json or no {LCM}")
     often, walks = (settings.wet, settings.whole), settings.walks
@@ -196,29 +198,49 @@ def hone(model: Path, work: Path, settings: Settings, out: Path, minutes: float 
     (work / "hone-settings.json").write_text(json.dumps(asdict(settings), indent=2) + "\n", "utf-8")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Hone and write the adapter; 1 and a reason when it cannot, 3 when its time is over."""
+def options(settings: Mapping[str, Any]) -> list[str]:
+    """What has to be said on the command line for these settings: those that are not the defaults."""
+    usual, told = asdict(Settings()), list[str]()
+    for name, value in settings.items():
+        words, unsaid = (
+            list(map(str, one if isinstance(one, list | tuple) else [one])) for one in (value, usual[name])
+        )
+        if words != unsaid and name != "bf16":
+            told += [_flag(name), *words]
+    return told
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def parsed(arguments: list[str] | None) -> tuple[Settings, argparse.Namespace]:
+    """The settings of a command line, and the rest of it."""
     parser = argparse.ArgumentParser(prog="python -m workers.training.crack_tiny_hone")
     parser.add_argument("--model", type=Path, required=True, help=f"folder of the finished model, with its {LCM}")
     parser.add_argument("--work", type=Path, required=True, help="folder for data and checkpoints")
     parser.add_argument("--out", type=Path, help=f"the adapter (default: WORK/{LCM})")
     parser.add_argument("--minutes", type=float, default=math.inf, help="leave a stage that takes longer: status 3")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    default = Settings()
-    for name, value in asdict(default).items():
-        flag = f"--{name.replace('_', '-')}"
+    usual = asdict(Settings())
+    for name, value in usual.items():
         if isinstance(value, tuple):
-            parser.add_argument(flag, type=int, nargs="+", default=value)
+            parser.add_argument(_flag(name), type=int, nargs="+", default=value)
         elif name != "bf16":
-            parser.add_argument(flag, type=type(value), default=value)
-    given = vars(parser.parse_args(arguments))
-    torch.set_num_threads(given["threads"])
-    given["walks"] = tuple(given["walks"])
-    settings = Settings(**{name: given.get(name, value) for name, value in asdict(default).items()})
-    out = given["out"] or given["work"] / LCM
+            parser.add_argument(_flag(name), type=type(value), default=value)
+    given = parser.parse_args(arguments)
+    given.walks = tuple(given.walks)
+    return Settings(**{name: getattr(given, name, value) for name, value in usual.items()}), given
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Hone and write the adapter; 1 and a reason when it cannot, 3 when its time is over."""
+    settings, given = parsed(arguments)
+    torch.set_num_threads(given.threads)
+    out = given.out or given.work / LCM
 
     def work() -> str:
-        hone(given["model"], given["work"], settings, out, given["minutes"])
+        hone(given.model, given.work, settings, out, given.minutes)
         return f"{out}: {out.stat().st_size / 1e6:.1f} MB"
 
     return exit_status(work)
