@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import struct
 import tarfile
 from collections import Counter
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from workers.training import data, shards
 from workers.training.errors import TrainingError
@@ -202,6 +203,89 @@ def test_pictures_are_upright_and_without_transparency() -> None:
     held = io.BytesIO()
     turned.save(held, "JPEG", exif=turned.getexif())
     assert data.upright(Image.open(held)).size == (6, 8)
+
+
+def grey(numbers: np.ndarray, form: str, bits: int = 16, **more: object) -> Image.Image:
+    """A picture of 16-bit numbers written and opened again, its tag for the bits changed."""
+    held = io.BytesIO()
+    Image.fromarray(numbers.astype(np.uint16)).save(held, form, **more)
+    body = held.getvalue()
+    if bits != 16:
+        tag = struct.pack("<HHI", data.BITS, 3, 1)
+        body = body.replace(tag + struct.pack("<H", 16), tag + struct.pack("<H", bits))
+    return Image.open(io.BytesIO(body))
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF"])
+def test_grey_of_sixteen_bits_keeps_its_shades(form: str) -> None:
+    ramp = np.arange(256, dtype=np.uint32) * 257
+    for turned, shades in ((1, ramp), (2, ramp[::-1])):
+        exif = Image.Exif()
+        exif[0x0112] = turned
+        seen = np.asarray(data.upright(grey(np.broadcast_to(shades, (4, 256)), form, exif=exif)))
+        assert seen.shape == (4, 256, 3)
+        assert (seen == np.arange(256)[None, :, None]).all()
+
+
+def test_grey_may_be_transparent_have_twelve_bits_or_the_great_end_first() -> None:
+    ramp = np.array([[0, 1000, 2000, 65535]])
+    assert np.asarray(data.upright(grey(ramp, "PNG", transparency=1000)))[0, :, 0].tolist() == [0, 255, 8, 255]
+    # Pillow writes no 12 bits: three bytes are two numbers.
+    packed = grey(np.array([[0xFF0F, 0x8000, 0]]), "TIFF", bits=12)
+    assert packed.mode == "I;16"
+    assert np.asarray(data.upright(packed))[0, :2, 0].tolist() == [16, 239]
+    big = Image.frombytes("I;16B", (2, 1), b"\x80\x00\xff\xff")
+    assert np.asarray(data.upright(big))[0, :, 0].tolist() == [128, 255]
+
+
+@pytest.mark.parametrize(("kind", "mode"), [(np.float32, "F"), (np.int32, "I")])
+def test_numbers_without_a_white_are_refused_before_training(tmp_path: Path, kind: type, mode: str) -> None:
+    image = Image.fromarray(np.ones((4, 4), kind))
+    image.save(tmp_path / "deep.tif")
+    (tmp_path / "deep.txt").write_text("a wall")
+    said = rf"1 files cannot be read as pictures: .*deep\.tif \(it holds 32-bit .* \(mode {mode}\) .*: save it as grey"
+    with pytest.raises(TrainingError, match=said):
+        data.open_source(str(tmp_path), "text", SIZE, 0)
+    shard(tmp_path / "x.tar", {"a.tif": (tmp_path / "deep.tif").read_bytes(), "a.txt": b"a wall"})
+    source = data.open_source(str(tmp_path / "x.tar"), "text", SIZE, 0)
+    with pytest.raises(TrainingError, match=rf"x\.tar:a\.tif cannot be read as a picture: .*mode {mode}"):
+        source.open(0)
+
+
+def tag(number: int, kind: int, count: int = 1) -> bytes:
+    return struct.pack("<HHI", number, kind, count)
+
+
+def test_a_wrong_tag_that_nobody_needs_stops_nothing(tmp_path: Path) -> None:
+    """A camera that writes the resolution as text: pixels and how it was held are still there."""
+    tags = tag(0x0112, 3) + struct.pack("<I", 6) + tag(0x011A, 2, 4) + b"300\0"
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + tags + bytes(4)
+    picture(size=(8, 6)).save(tmp_path / "a.jpg", exif=exif)
+    with Image.open(tmp_path / "a.jpg") as image:
+        assert data.upright(image).size == (6, 8)
+
+
+def test_damage_that_pillow_does_not_foresee_names_the_picture(tmp_path: Path) -> None:
+    picture().save(tmp_path / "a.png", exif=b"Exif\0\0II*\0")  # struct.error
+    held = io.BytesIO()
+    picture().save(held, "TIFF")
+    strips = 0x0111
+    body = held.getvalue().replace(tag(strips, 4), tag(strips, 5))  # TypeError: places of the pixels as fractions
+    (tmp_path / "b.tif").write_bytes(body)
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("a wall")
+    source = data.open_source(str(tmp_path), "text", SIZE, 0)
+    for number, name in enumerate((r"a\.png", r"b\.tif")):
+        with pytest.raises(TrainingError, match=rf"{name} cannot be read as a picture"):
+            source.open(number)
+
+
+def test_pictures_are_turned_as_pillow_turns_them() -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (6, 8, 3), dtype=np.uint8)
+    for held in range(10):
+        image = Image.fromarray(pixels)
+        image.getexif()[0x0112] = held
+        assert data.upright(image).tobytes() == ImageOps.exif_transpose(image).tobytes(), held
 
 
 def columns(width: int, height: int) -> Image.Image:

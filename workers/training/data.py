@@ -5,21 +5,32 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from farm.painter import caption, paint, sample_scene
 from workers.training import folders, shards
 from workers.training.errors import TrainingError
 from workers.training.folders import Captions
 
-BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
-"""What Pillow raises for a file that is no picture, is cut short, or is absurdly large."""
+BROKEN = (OSError, ValueError, SyntaxError, TypeError, struct.error, Image.DecompressionBombError)
+"""What Pillow raises for a file that is no picture, is cut short in its pixels, tags or EXIF, or is absurdly large."""
+_FLIP = Image.Transpose
+TURNS = {
+    2: _FLIP.FLIP_LEFT_RIGHT, 3: _FLIP.ROTATE_180, 4: _FLIP.FLIP_TOP_BOTTOM, 5: _FLIP.TRANSPOSE,
+    6: _FLIP.ROTATE_270, 7: _FLIP.TRANSVERSE, 8: _FLIP.ROTATE_90,
+}  # fmt: skip
+"""What makes a picture upright, by EXIF's number for how the camera was held."""
+NO_WHITE = {"F": "32-bit fractions", "I": "32-bit whole numbers"}
+"""Modes of grey pictures that say nowhere which number is white: Pillow would make everything from 255 on white."""
+BITS = 258
+"""TIFF's tag for the bits of a number."""
 PAINTED = 10_000
 """Painted walls, unless `painter:COUNT` says otherwise."""
 
@@ -167,12 +178,21 @@ def fingerprint(source: Source) -> str:
 
 
 def upright(picture: Image.Image) -> Image.Image:
-    """RGB as a person sees it: turned as the camera says, transparency on white."""
-    turned = ImageOps.exif_transpose(picture)
+    """RGB as a person sees it: turned as the camera says, transparency on white, 16-bit grey scaled to 8 bits.
+
+    Raises ValueError for pictures of 32-bit numbers, and whatever else is in BROKEN.
+    """
+    _check_white(picture)
+    picture.load()
+    # Not by ImageOps.exif_transpose: it writes all of EXIF anew, and fails for a tag that nobody needs here.
+    turn = TURNS.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
+    turned = _eight_bits(picture) if picture.mode.startswith("I;16") else picture
+    if turn is not None:
+        turned = turned.transpose(turn)
     if turned.mode in {"RGBA", "LA", "PA"} or "transparency" in turned.info:
         clear = turned.convert("RGBA")
-        white = Image.new("RGBA", clear.size, (255, 255, 255, 255))
-        turned = Image.alpha_composite(white, clear)
+        backdrop = Image.new("RGBA", clear.size, (255, 255, 255, 255))
+        turned = Image.alpha_composite(backdrop, clear)
     return turned.convert("RGB")
 
 
@@ -186,13 +206,34 @@ def some(names: Sequence[str], most: int = 10) -> str:
     return ", ".join(names[:most]) + rest
 
 
+def _check_white(picture: Image.Image) -> None:
+    """Raises ValueError for a picture that does not say which of its numbers is white."""
+    if numbers := NO_WHITE.get(picture.mode):
+        raise ValueError(
+            f"it holds {numbers} (mode {picture.mode}) and does not say which is white: "
+            "save it as grey or RGB of 8 or 16 bits"
+        )
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    """A 16-bit grey picture as an 8-bit one; the number that a PNG names as transparent becomes white."""
+    # TIFFs of scanners and X-rays may have 12.
+    white = 4095 if getattr(picture, "tag_v2", {}).get(BITS) == (12,) else 65535
+    numbers = np.asarray(picture).astype(np.uint32)
+    grey = ((numbers * 255 + white // 2) // white).clip(0, 255).astype(np.uint8)
+    clear = picture.info.get("transparency")
+    if clear is not None:
+        grey[numbers == clear] = 255
+    return Image.fromarray(grey)
+
+
 def _look(paths: Iterable[Path]) -> None:
     """Open every file without decoding it: hours later would be a bad time to learn that one is no picture."""
     broken = []
     for path in paths:
         try:
-            with Image.open(path):
-                pass
+            with Image.open(path) as picture:
+                _check_white(picture)
         except BROKEN as error:
             broken.append(f"{path} ({error})")
     if broken:
