@@ -13,7 +13,7 @@ from workers.training.crack_tiny_style import Settings, fit
 from workers.training.errors import TrainingError
 from workers.training.export import export_pipeline
 
-SIZE = diffusion.Size(channels=(16, 16, 32), heads=2, text_width=16, text_layers=1, latent=4, grid=16)
+SIZE = diffusion.Size(channels=(16, 16, 32), heads=2, text_width=16, text_layers=1)
 
 
 def hush(_: str) -> None:
@@ -29,7 +29,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     export_pipeline(
         folder,
-        vae=autoencoder.build((8, 8, 8, 16), latent=4),
+        vae=autoencoder.build((8, 8, 8, 16)),
         text=diffusion.build_text(SIZE, tokenizer),
         tokenizer=tokenizer,
         unet=diffusion.build_unet(SIZE),
