@@ -14,6 +14,8 @@ Positive = Annotated[float, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, le=2**53 - 1)]
 Rank = Annotated[int, Field(ge=1, le=512)]
 
+SCHEDULE = 1000
+"""Timesteps of noise that Stable Diffusion 1.x, 2.x and SDXL know."""
 VARIABLE = "FARM_TRAINING"
 """Where the trainers find their options, as JSON."""
 FREE = frozenset(
@@ -23,6 +25,28 @@ FREE = frozenset(
     }
 )  # fmt: skip
 """What may change between the beginning of a run and its resumption; contents of checkpoint and data are compared."""
+
+
+def unreached(solver: int, timesteps: int = SCHEDULE) -> str:
+    """Why a solver of so many timesteps leaves the noisy end of a schedule unlearnt; empty where it does not.
+
+    As in the reference scripts the timesteps are one whole stride apart, counted from the clean end: what is over at
+    the noisy end is left out, which is where every sampler starts. Less than a stride of it is no harm.
+
+    >>> unreached(50), unreached(12), unreached(600)
+    ('', '', 'the noisiest of 600 timesteps would be 599 of 999, and samplers start at the last; 500 or 1000 would do')
+    """
+    if _reaches(solver, timesteps):
+        return ""
+    below = next((str(near) for near in range(min(solver, timesteps), 0, -1) if _reaches(near, timesteps)), "")
+    above = next((str(near) for near in range(solver, timesteps + 1) if _reaches(near, timesteps)), "")
+    last = solver * (timesteps // solver) - 1
+    found = f"the noisiest of {solver} timesteps would be {last} of {timesteps - 1}, and samplers start at the last"
+    return f"{found}; {' or '.join(filter(None, (below, above)))} would do"
+
+
+def _reaches(solver: int, timesteps: int) -> bool:
+    return timesteps % solver < timesteps // solver
 
 
 class Training(BaseModel):
@@ -119,7 +143,7 @@ class LcmLora(Training):
 
     kind: Literal["lcm-lora"] = "lcm-lora"
     rank: Rank = Field(default=64, description="Rank of the adapter.")
-    solver: Annotated[int, Field(ge=4, le=1000)] = Field(
+    solver: Annotated[int, Field(ge=4, le=SCHEDULE)] = Field(
         default=50, description="Timesteps of the teacher's DDIM solver."
     )
     guidance_low: Annotated[float, Field(ge=0)] | None = Field(
@@ -141,6 +165,12 @@ class LcmLora(Training):
             raise ValueError(f"guidance-low {low:g} is over guidance-high {15.0 if high is None else high:g}")
         if high is not None and low is None:
             raise ValueError("guidance-high needs guidance-low beside it")
+        return self
+
+    @model_validator(mode="after")
+    def _noise(self) -> Self:
+        if wrong := unreached(self.solver):
+            raise ValueError(f"solver {self.solver}: {wrong}")
         return self
 
 

@@ -8,9 +8,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -61,6 +63,41 @@ def test_guidance_pushes_the_target_away_from_what_is_said_without_the_prompt(ju
     near = b.sqrt() * (x_asked + w * (x_asked - x_free)) + (1 - b).sqrt() * (asked + w * (asked - free))
     skip, out = 0.25 / ((10 * end) ** 2 + 0.25), 10 * end / ((10 * end) ** 2 + 0.25) ** 0.5
     assert torch.allclose(target, skip * near + out * near / b.sqrt(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("steps", "timesteps", "last"),
+    [(4, 1000, 999), (12, 1000, 995), (50, 1000, 999), (500, 1000, 999), (33, 100, 98), (100, 100, 99)],
+)
+def test_what_is_learnt_reaches_the_noise_that_samplers_start_from(steps: int, timesteps: int, last: int) -> None:
+    """The timesteps are those of the reference scripts, where less than a stride of them is left over."""
+    torch.manual_seed(0)
+    solver = Solver(ALPHAS[:timesteps], "epsilon", steps)
+    starts = solver.starts(20_000)
+    whole = np.arange(1, steps + 1) * (timesteps // steps) - 1
+    assert set(starts.tolist()) == set(whole.tolist())
+    assert int(starts.max()) == last > timesteps - 1 - solver.stride
+
+
+@pytest.mark.parametrize(
+    ("steps", "timesteps", "said"),
+    [
+        (36, 1000, "971 of 999, .*; 35 or 37 would do"),
+        (350, 1000, "699 of 999, .*; 333 or 500 would do"),
+        (600, 1000, "599 of 999, .*; 500 or 1000 would do"),
+        (1001, 1000, "-1 of 999, .*; 1000 would do"),
+    ],
+)
+def test_a_solver_that_leaves_the_noise_unlearnt_is_refused(steps: int, timesteps: int, said: str) -> None:
+    with pytest.raises(TrainingError, match=f"solver {steps}: the noisiest of {steps} timesteps would be {said}"):
+        Solver(ALPHAS[:timesteps], "epsilon", steps)
+
+
+def test_options_with_such_a_solver_are_refused_before_anything_is_loaded() -> None:
+    with pytest.raises(ValidationError, match="solver 600: the noisiest of 600 timesteps would be 599 of 999"):
+        LcmLora(checkpoint=Path("a"), data="b", out=Path("c"), solver=600)
+    for solver in (4, 12, 50, 333, 500, 1000):
+        assert LcmLora(checkpoint=Path("a"), data="b", out=Path("c"), solver=solver).solver == solver
 
 
 def test_pseudo_huber_is_square_near_zero_and_linear_far_away() -> None:

@@ -15,6 +15,7 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from peft import LoraConfig
 from torch import Tensor
 
+from farm.training import unreached
 from workers.training.errors import TrainingError
 from workers.training.loop import Plan, Say, train
 
@@ -80,13 +81,22 @@ def parts(kind: str, latents: Tensor, guess: Tensor, signal: Tensor, sigma: Tens
 class Solver:
     """A DDIM solver that skips: `steps` of the schedule's timesteps, evenly spaced, `skip` of them a jump.
 
-    `alphas` (timesteps,) are cumulative products in host memory, `kind` is the prediction type.
+    `alphas` (timesteps,) are cumulative products in host memory, `kind` is the prediction type. Raises TrainingError
+    for so many steps that the noisy end of the schedule would be left out.
     """
 
     alphas: Tensor
     kind: str
     steps: int
     skip: int = 1
+
+    def __post_init__(self) -> None:
+        if wrong := unreached(self.steps, len(self.alphas)):
+            raise TrainingError(f"solver {self.steps}: {wrong}")
+
+    def starts(self, count: int) -> Tensor:
+        """So many of its timesteps (count,) by chance, by torch's host generator: where a step begins."""
+        return torch.randint(1, self.steps + 1, (count,)) * self.stride - 1
 
     @property
     def stride(self) -> int:
@@ -181,7 +191,7 @@ def learning(
             return asked, free
 
         draw = Draw(
-            start=torch.randint(1, recipe.solver + 1, (len(clean),)) * solver.stride - 1,
+            start=solver.starts(len(clean)),
             noise=torch.randn_like(clean),
             guidance=torch.empty(len(clean), 1, 1, 1).uniform_(recipe.low, recipe.high),
         )

@@ -40,7 +40,7 @@ def distillation(options: LcmLora, base: Base) -> Loss:
                 own.unet.enable_adapters()
 
         draw = Draw(
-            start=torch.randint(1, options.solver + 1, (count,)) * solver.stride - 1,
+            start=solver.starts(count),
             noise=torch.randn(clean.shape).to(device),
             guidance=torch.empty(count, 1, 1, 1).uniform_(low, high).to(device),
         )
