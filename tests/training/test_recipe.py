@@ -83,8 +83,8 @@ def honed(model: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What was made is gone on with, from its folder alone."""
     before = weights(model)
     steps = [word for stage in ("words", "reader", "sharpen") for word in (f"--{stage}-steps", "1")]
-    command = ["--model", str(model), "--work", str(work), "--pool", "8", *steps, "--direction", "2.5"]
-    command += ["--crossed", "4", "--walks", "2", "1", "--deep", "2"]
+    command = ["--model", str(model), "--work", str(work), "--pool", "24", *steps, "--direction", "2.5"]
+    command += ["--crossed", "4", "--bent", "2", "--walks", "2", "1", "--deep", "2"]
 
     # Its adapter is taken as it is: written again, it is the same file but for what rounding to half did.
     unet = UNet2DConditionModel.from_pretrained(model / "unet", torch_dtype=torch.float32)
@@ -122,7 +122,14 @@ def honed(model: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
         )
     assert crack_tiny_hone.main(["--model", str(work), "--work", str(work)]) == 1
     assert "is not a crack-tiny to go on with" in capsys.readouterr().err
-    for wrong in (["--walks", "0"], ["--walks", "4", "51"], ["--wet", "0"], ["--whole", "0"], ["--crossed", "0"]):
+    for wrong in (
+        ["--walks", "0"],
+        ["--walks", "4", "51"],
+        ["--wet", "0"],
+        ["--whole", "0"],
+        ["--crossed", "0"],
+        ["--bent", "0"],
+    ):
         assert crack_tiny_hone.main([*command, *wrong]) == 1
         assert (
             "walks are of 1 to 50 steps, one wall or more is crossed, and wet walls and whole"

@@ -11,12 +11,12 @@ from diffusers import LCMScheduler, UNet2DConditionModel
 from torch import Tensor
 
 from farm.painter import Scene, paint, sample_scene
-from farm.painter.scene import DIRECTIONS, FORMS
+from farm.painter.scene import DIRECTIONS, FORMS, WALLS
 from workers.training import diffusion, distill, sharpen
 from workers.training.errors import TrainingError
 from workers.training.loop import Plan, load
 from workers.training.pool import Pool
-from workers.training.questions import CROSSED, LEANS, crossed, lean
+from workers.training.questions import CROSSED, LEANS, bent, crossed, lean
 
 SIZE = diffusion.Size(channels=(16, 16, 32), heads=2, text_width=16, text_layers=1, latent=4, grid=4)
 ALPHAS = diffusion.scheduler().alphas_cumprod
@@ -146,32 +146,47 @@ def test_diagonals_lean_one_way_or_the_other() -> None:
     )
 
 
-def test_what_was_usual_counts_against_an_answer() -> None:
-    even, anything = sharpen.Even({"lean": 2}, 256), {"lean": torch.full((8,), sharpen.ANY)}
+def sure_of(*surer: float) -> Tensor:
+    """Logits (n, 2) that find the second answer likelier by so much."""
+    return torch.stack((torch.zeros(len(surer)), torch.tensor(surer)), 1)
+
+
+def test_what_was_drawn_too_often_counts_against_an_answer() -> None:
+    even, anything = sharpen.Even(["lean"], 200), {"lean": torch.full((8,), sharpen.ANY)}
     rng = torch.Generator().manual_seed(6)
     for _ in range(40):
         # Seven in eight are surely the first, by more or by less.
-        logits = torch.stack((4.0 + torch.randn(8, generator=rng), torch.zeros(8)), 1)
-        logits[0, 0] = -4.0
+        surer = torch.cat((torch.tensor([4.0]), -4.0 - torch.randn(7, generator=rng)))
+        logits = sure_of(*surer.tolist())
         right = even.settle(anything, {"lean": logits}, None)["lean"]
     assert right[0] == 1, "what is the other one stays it"
-    # Of the rest those that are the least sure are asked to be: so many that it is half.
+    # Of the rest those that are the least sure are asked to be it too: so many that there is enough.
     assert 2 <= int(right.sum()) <= 6
-    assert logits[right == 0, 0].min() >= logits[right == 1, 0].max()
-    assert len(even.values["lean"]) == 256
-    assert even.shares()["lean"] == pytest.approx([7 / 8, 1 / 8])
+    assert surer[right == 1].min() >= surer[right == 0].max()
+    assert even.shares()["lean"] == pytest.approx(1 / 8)
+    usual = sharpen.Even(["lean"], 200)
+    for _ in range(40):
+        right = usual.settle(anything, {"lean": -logits}, None)["lean"]
+    assert 2 <= int((1 - right).sum()) <= 6, "and the other way round"
+
+
+def test_where_both_answers_are_drawn_each_picture_is_what_it_is() -> None:
+    even, anything = sharpen.Even(["lean"], 200), {"lean": torch.full((9,), sharpen.ANY)}
+    logits = sure_of(9.0, 8.0, 0.1, 7.0, 6.0, -0.1, -5.0, -4.0, -3.0)
+    for _ in range(30):
+        right = even.settle(anything, {"lean": logits}, None)["lean"]
+        assert torch.equal(right, logits.argmax(1)), "five rise and four fall: none is asked to turn around"
 
 
 def test_later_steps_go_on_with_what_is_drawn() -> None:
-    even, known = sharpen.Even({"lean": 2, "light": 2}, 4), torch.tensor([0, 1, sharpen.UNKNOWN, 1])
-    sure = torch.tensor([[9.0, 0.0], [8.0, 0.0], [7.0, 0.0], [6.0, 0.0]])
+    even, known = sharpen.Even(["lean", "light"], 4), torch.tensor([0, 1, sharpen.UNKNOWN, 1])
+    sure = sure_of(-9.0, -8.0, -7.0, -6.0)
     asked = {"lean": torch.tensor([sharpen.ANY, sharpen.ANY, sharpen.ANY, 0]), "light": known}
     first = {"lean": sure, "light": sure}
     balanced = even.settle(asked, first, None)
     assert balanced["lean"].tolist() == [0, 0, 1, 0], "less surely the first than the others; what is told stays"
-    drawn = {"lean": torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]), "light": sure}
+    drawn = {"lean": sure_of(1.0, -1.0, 1.0, 1.0), "light": sure}
     assert even.settle(asked, first, drawn)["lean"].tolist() == [1, 0, 1, 0]
-    assert balanced["light"] is not known
     assert balanced["light"].tolist() == known.tolist(), "nothing is left open: what is told stays"
     assert len(even.values["lean"]) == 4, "the first step of every walk is remembered, and no more than that"
     assert len(even.values["light"]) == 0
@@ -246,6 +261,39 @@ def test_cracks_put_together_are_known_for_what_they_are() -> None:
     assert np.array_equal(again.pixels, made.pixels)
     with pytest.raises(TrainingError, match="none of 1 walls is cracked"):
         crossed(Pool(dry[4:], [odd]), 4, np.random.default_rng(1))
+
+
+def test_cracks_of_two_halves_are_known_for_what_they_are() -> None:
+    walls, scenes = lined(False, "falling", "rising", "none", "vertical")
+    made, known = bent(Pool(walls, scenes), 60, np.random.default_rng(1))
+    falling, rising = (walls[number, :, :, 3] > 0 for number in (0, 1))
+    found = set()
+    for number, (picture, scene) in enumerate(zip(made.pixels, made.scenes, strict=True)):
+        assert not scene.cracked, "they are put on whole walls"
+        assert np.array_equal(picture[:, :, 0] < 100, picture[:, :, 3] > 0), "what is dark is in the mask"
+        shares = [float((picture[:, :, 3] > 0)[mask].mean()) for mask in (falling, rising)]
+        assert known["wall"][number] == WALLS.index("concrete")
+        if number % 3:
+            assert shares == [pytest.approx(0.5, abs=0.1)] * 2, "half of each"
+            assert (known["direction"][number], known["lean"][number]) == (CROSSED, sharpen.UNKNOWN)
+        else:
+            assert max(shares) == 1.0
+            assert known["direction"][number] == DIRECTIONS.index("diagonal")
+            assert known["lean"][number] == int(shares[1] == 1.0)
+        found.add((number % 3 > 0, int(known["lean"][number]), bool(picture[0, 0, 3]), bool(picture[63, 0, 3])))
+    assert len(found) >= 6, "every half is left, right, above and below"
+    assert set(known["width"]) == set(known["form"]) == {sharpen.UNKNOWN}
+    with pytest.raises(TrainingError, match="none of 2 walls is whole and has diagonal cracks of both kinds"):
+        bent(Pool(walls[1:3], scenes[1:3]), 4, np.random.default_rng(1))
+
+
+def test_half_a_crack_that_is_hardly_there_is_not_asked_about() -> None:
+    walls, scenes = lined(False, "falling", "rising", "none")
+    # All of what rises lies in one corner: in the other halves there is nothing of it.
+    walls[1, :, 20:] = walls[2, :, 20:]
+    _, known = bent(Pool(walls, scenes), 60, np.random.default_rng(1))
+    assert {CROSSED, sharpen.UNKNOWN} <= set(known["direction"])
+    assert set(known["lean"][known["direction"] == sharpen.UNKNOWN]) == {sharpen.UNKNOWN}
 
 
 def test_the_adapter_learns_to_show_what_was_asked_for(tmp_path: Path, reader: sharpen.Reader) -> None:

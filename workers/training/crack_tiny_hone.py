@@ -36,7 +36,7 @@ from workers.training.errors import TrainingError, exit_status
 from workers.training.export import export_lora
 from workers.training.finished import check_finished, mark
 from workers.training.loop import Plan
-from workers.training.questions import CROSSED, DIAGONAL, LEANS, MEANINGS, crossed, lean
+from workers.training.questions import CROSSED, DIAGONAL, LEANS, MEANINGS, bent, crossed, lean
 
 LCM = "lcm-lora.safetensors"
 
@@ -59,7 +59,9 @@ class Settings:
     wall: float = 2.0
     """How often these questions count."""
     crossed: int = 4_000
-    """Walls with cracks put together from two, of which the reader learns what running two ways looks like."""
+    bent: int = 2_000
+    """Walls with cracks put together from two, and with halves of two diagonal ones, of which the reader learns what
+    running two ways looks like."""
     wet: float = 3.0
     whole: float = 3.0
     """How many times as often as others wet walls are asked for, and walls without cracks."""
@@ -82,7 +84,7 @@ class Honing(crack_tiny.Recipe):
     def plan(self, stage: str, number: int) -> Plan:
         plan = crack_tiny.Recipe.plan(self, stage, number)
         own = {one.name for one in fields(Settings)} - {one.name for one in fields(crack_tiny_settings.Settings)}
-        more = {"reader": {"crossed"}, "sharpen": own}.get(stage, set())
+        more = {"reader": {"crossed", "bent"}, "sharpen": own}.get(stage, set())
         plan.settings = {**plan.settings, **{name: getattr(self.honing, name) for name in sorted(more)}}
         return plan
 
@@ -119,11 +121,11 @@ class Honing(crack_tiny.Recipe):
     def seen(self) -> tuple[crack_tiny.Latents, dict[str, int], dict[str, NDArray[np.int64]]]:
         latents, kinds, known = crack_tiny.Recipe.seen(self)
         known = known | {"lean": lean(self.pool())}
-        count, settings = self.honing.crossed, self.settings
-        pool, more = crossed(self.pool(), count, np.random.default_rng((settings.seed, 9)))
-        path = self.work / f"crossed-{count}-{settings.pool}-{settings.seed}.npy"
-        latents = np.concatenate((latents, diffusion.encode_pool(self.refine(), pool, path)))
-        known = {name: np.concatenate((right, more[name])) for name, right in known.items()}
+        for name, make, count in (("crossed", crossed, self.honing.crossed), ("bent", bent, self.honing.bent)):
+            pool, more = make(self.pool(), count, np.random.default_rng((self.settings.seed, 9)))
+            path = self.work / f"{name}-{count}-{self.settings.pool}-{self.settings.seed}.npy"
+            latents = np.concatenate((latents, diffusion.encode_pool(self.refine(), pool, path)))
+            known = {question: np.concatenate((right, more[question])) for question, right in known.items()}
         return latents, kinds | {"direction": CROSSED + 1, "lean": len(LEANS)}, known
 
     def odds(self) -> NDArray[np.float64]:
@@ -182,10 +184,15 @@ def hone(model: Path, work: Path, settings: Settings, out: Path, minutes: float 
     if not (model / "model_index.json").is_file() or not (model / LCM).is_file():
         raise TrainingError(f"{model} is not a crack-tiny to go on with: it has no model_index.json or no {LCM}")
     often, walks = (settings.wet, settings.whole), settings.walks
-    if min(often) <= 0.0 or settings.crossed < 1 or not all(1 <= steps <= 50 for steps in walks or (0,)):
+    if (
+        min(often) <= 0.0
+        or min(settings.crossed, settings.bent) < 1
+        or not all(1 <= steps <= 50 for steps in walks or (0,))
+    ):
         raise TrainingError(
-            "walks are of 1 to 50 steps, one wall or more is crossed, and wet walls and whole ones are asked for more "
-            f"than 0 times as often: {walks}, {settings.crossed} and {settings.wet:g}, {settings.whole:g} cannot be"
+            "walks are of 1 to 50 steps, one wall or more is crossed and bent, and wet walls and whole ones are asked "
+            f"for more than 0 times as often: {walks}, {settings.crossed}, {settings.bent} and {settings.wet:g}, "
+            f"{settings.whole:g} cannot be"
         )
     shared = {one.name for one in fields(crack_tiny_settings.Settings)} & {one.name for one in fields(Settings)}
     # Checkpoints know their seed, not the model they began with: each has a folder of its own.

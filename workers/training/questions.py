@@ -97,6 +97,49 @@ def crossed(pool: Pool, count: int, rng: np.random.Generator) -> tuple[Pool, dic
     return Pool(pixels, [scenes[number] for number in under]), known
 
 
+def bent(pool: Pool, count: int, rng: np.random.Generator) -> tuple[Pool, dict[str, NDArray[np.int64]]]:
+    """Walls without cracks that got the halves of two diagonal ones, which meet in the middle, and the right answers.
+
+    Models draw such cracks where they were not sure whether one rises or falls. Of every third picture both halves lean
+    the same way, so that being put together is no sign of anything. Where little of a crack lies in its half, nothing
+    is asked. Raises TrainingError when the pool has no such wall with cracks of both kinds on walls like it.
+    """
+    scenes, leans = pool.scenes, lean(pool)
+    leaning: dict[tuple[str, str, int], list[int]] = {}
+    for number, scene in enumerate(scenes):
+        leaning.setdefault((scene.wall, scene.light, int(leans[number])), []).append(number)
+    ways = range(len(LEANS))
+    whole = [number for number, scene in enumerate(scenes) if not scene.cracked]
+    whole = [at for at in whole if all((scenes[at].wall, scenes[at].light, way) in leaning for way in ways)]
+    if not whole:
+        raise TrainingError(f"none of {len(scenes)} walls is whole and has diagonal cracks of both kinds to take")
+    under = [int(rng.choice(whole)) for _ in range(count)]
+    pixels = pool.pixels[under]
+    known = answers([scenes[number] for number in under])
+    known |= {name: np.full(count, UNKNOWN, np.int64) for name in ("width", "form", "direction", "lean")}
+    for number, picture in enumerate(pixels):
+        first = int(rng.choice(ways))
+        second = first if number % 3 == 0 else 1 - first
+        side = _side(picture.shape[:2], rng)
+        scene, enough = scenes[under[number]], True
+        for way, place in ((first, side), (second, ~side)):
+            other = pool.pixels[int(rng.choice(leaning[scene.wall, scene.light, way]))]
+            crack = other[:, :, 3] > 0
+            enough &= bool((crack & place).sum() > 0.25 * crack.sum())
+            picture[crack & place] = other[crack & place]
+        if enough:
+            known["direction"][number] = DIAGONAL if first == second else CROSSED
+            known["lean"][number] = first if first == second else UNKNOWN
+    return Pool(pixels, [scenes[number] for number in under]), known
+
+
+def _side(shape: tuple[int, int], rng: np.random.Generator) -> NDArray[np.bool_]:
+    """The places left of the middle or right of it, above it or below it."""
+    rows, columns = np.indices(shape)
+    half: NDArray[np.bool_] = columns * 2 < shape[1] if rng.random() < 0.5 else rows * 2 < shape[0]
+    return half if rng.random() < 0.5 else ~half
+
+
 def _half(crack: NDArray[np.bool_], rng: np.random.Generator) -> NDArray[np.bool_]:
     """The places on one side of a line through the middle of a crack."""
     turn = rng.uniform(0.0, 2 * np.pi)

@@ -9,7 +9,7 @@ own steps, and what one of them ends in is read; the reader's error goes back in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -108,24 +108,27 @@ Logits = Mapping[str, Tensor]
 
 
 class Even:
-    """Sees to it that ANY answer does not become the same one always.
+    """Sees to it that ANY of two answers does not become the same one always.
 
-    An adapter that is asked to be sure of something finds one thing easiest, and soon draws nothing else. So what the
-    first step draws is asked for what it is likelier than half of the pictures before it were (as pseudo-labels are
-    balanced in Caron et al. 2020, arXiv 2006.09882, by equal parts of a queue). It is what decides: later steps are
-    asked to go on with what the step before them drew.
+    An adapter that is asked to be sure of something finds one thing easiest, and soon draws nothing else. So where less
+    than `LEAST` of what first steps drew lately is one answer, those that were nearest to it are asked for it, as many
+    as are missing (pseudo-labels balanced over a queue, after Caron et al. 2020, arXiv 2006.09882). As long as there is
+    enough of both, a picture is asked to be what it is: half of all would turn pictures around again and again, and
+    what turns is drawn half the one and half the other. Later steps are asked to go on with what the step before drew.
     """
 
-    def __init__(self, kinds: Mapping[str, int], remembered: int) -> None:
+    LEAST = 0.4
+
+    def __init__(self, names: Iterable[str], remembered: int) -> None:
         self.remembered = remembered
-        self.values = {name: torch.zeros(0, count) for name, count in kinds.items()}
+        self.values = {name: torch.zeros(0) for name in names}
 
     def update(self, step: int) -> None:
         """Nothing happens between steps."""
 
     def settle(self, answers: Mapping[str, Tensor], first: Logits, before: Logits | None) -> dict[str, Tensor]:
-        """`answers` (n,) with the right ones where ANY is. `first` was read in what the first step drew, `before` in
-        what the step before the last one did; None while the first step itself learns."""
+        """`answers` (n,) with the right ones where ANY is, of two. `first` was read in what the first step drew,
+        `before` in what the step before the last one did; None while the first step itself learns."""
         settled = {}
         for name, wanted in answers.items():
             free = wanted == ANY
@@ -133,18 +136,15 @@ class Even:
             settled[name] = torch.where(free, even if before is None else before[name].argmax(1), wanted)
         return settled
 
-    def shares(self) -> dict[str, list[float]]:
-        """Of what first steps drew lately, how much of it was each answer (0 to 1)."""
-        return {
-            name: [float((values.argmax(1) == answer).float().mean()) for answer in range(values.shape[1])]
-            for name, values in self.values.items()
-            if len(values)
-        }
+    def shares(self) -> dict[str, float]:
+        """Of what first steps drew lately, how much was the second answer (0 to 1)."""
+        return {name: float((values > 0.0).float().mean()) for name, values in self.values.items() if len(values)}
 
     def _balanced(self, name: str, logits: Tensor, asked: Tensor) -> Tensor:
-        centred = (logits - logits.mean(1, keepdim=True)).detach().float()
-        self.values[name] = torch.cat((self.values[name], centred[asked]))[-self.remembered :]
-        return (centred - self.values[name].median(0).values).argmax(1)
+        surer = (logits[:, 1] - logits[:, 0]).detach().float()
+        self.values[name] = torch.cat((self.values[name], surer[asked]))[-self.remembered :]
+        low, high = (float(torch.quantile(self.values[name], share)) for share in (self.LEAST, 1.0 - self.LEAST))
+        return (surer > min(max(0.0, low), high)).long()
 
 
 def read(reader: Reader, latents: Tensor, alphas: Tensor, blur: int) -> Logits:
@@ -269,8 +269,8 @@ def fit(
             errors[name] = 0.98 * errors.get(name, float(error.detach())) + 0.02 * float(error.detach())
         if number % 100 == 99:
             say("misread: " + ", ".join(f"{name} {error:.3f}" for name, error in errors.items()))
-            for name, shares in even.shares().items():
-                say(f"{name} of what first steps drew: " + ", ".join(f"{share:.2f}" for share in shares))
+            for name, share in even.shares().items():
+                say(f"{name}: {share:.2f} of what first steps drew is the second answer")
         counted = [error * recipe.emphasis.get(name, 1.0) for name, error in lost.items()]
         total = recipe.weight * torch.stack(counted).sum()
         return total + anchor(rng) if number % recipe.anchored == 0 else total
