@@ -15,6 +15,7 @@ from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
 
+from farm.safefile import read_header
 from farm.training import LcmLora, StyleLora
 from tests.pipelines import toys
 from tests.training.conftest import FEW, Folders, hush, weights
@@ -22,6 +23,7 @@ from workers.pipelines.adapters import read_adapter
 from workers.pipelines.load import load as load_pipeline
 from workers.pipelines.targets import aliases
 from workers.training import loop, objectives, run
+from workers.training.base import attach, open_base
 from workers.training.formats import export
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -198,6 +200,29 @@ def test_three_formats_give_the_trained_answer(
     header = load_file(made[0])
     assert "lora_unet_down_blocks_0_resnets_0_conv1.lora_down.weight" in header or learns
     assert header[next(key for key in header if key.endswith(".alpha"))].item() == 3.0
+
+
+@pytest.mark.parametrize(
+    ("width", "predicts", "version", "architecture"),
+    [
+        (768, "epsilon", "sd_v1", "stable-diffusion-v1/lora"),
+        (768, "v_prediction", "sd_v1_v", "stable-diffusion-v1/lora"),
+        (1024, "epsilon", "sd_v2", "stable-diffusion-v2-512/lora"),
+        (1024, "v_prediction", "sd_v2_v", "stable-diffusion-v2-768-v/lora"),
+        (None, "epsilon", "sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora"),
+    ],
+)
+def test_the_file_names_its_base_as_kohya_does(
+    tmp_path: Path, width: int | None, predicts: str, version: str, architecture: str
+) -> None:
+    folder = toys.sdxl(tmp_path) if width is None else toys.sd(tmp_path, cross_attention_dim=width)
+    noise = folder / "scheduler/scheduler_config.json"
+    noise.write_text(json.dumps(json.loads(noise.read_text()) | {"prediction_type": predicts}))
+    base = open_base(folder)
+    attach(base, ["to_q"], chosen=True, rank=1, alpha=1.0, text=False)
+    (path,) = export(tmp_path, base, StyleLora(checkpoint=folder, data="a", out=tmp_path), {}, text=False)
+    said = read_header(path).metadata
+    assert (said["ss_base_model_version"], said["modelspec.architecture"]) == (version, architecture)
 
 
 def test_contact_sheets_come_as_planned(bases: Folders, pictures: Path, tmp_path: Path) -> None:

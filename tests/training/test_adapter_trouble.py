@@ -115,6 +115,39 @@ def test_a_full_disk_keeps_the_last_adapter_and_starts_no_cache(
         run.train(options(cache=True, out=tmp_path / "new"), say=hush)
 
 
+@pytest.mark.parametrize("form", ["kohya", "diffusers", "peft"])
+def test_an_adapter_that_cannot_be_put_in_place_leaves_the_one_before(
+    bases: Folders, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: Any
+) -> None:
+    def options(steps: int) -> StyleLora:
+        given = {**FEW, "rate": 1e-2, "steps": steps, "out": tmp_path, "format": (form,)}
+        return StyleLora(checkpoint=bases["sd"], data=str(pictures), **given)
+
+    def held(path: Path) -> dict[str, bytes]:
+        files = [path] if path.is_file() else [each for each in path.rglob("*") if each.is_file()]
+        return {str(each.relative_to(path)): each.read_bytes() for each in files}
+
+    (made,) = run.train(options(1), say=hush)
+    before = held(made)
+    with monkeypatch.context() as patch:
+        for name in ("rename", "replace"):
+            real = getattr(os, name)
+
+            def moved(source: Any, target: Any, real: Callable[..., None] = real) -> None:
+                if Path(target) == made and str(source).endswith(".part"):
+                    raise OSError(errno.EIO, "Input/output error")
+                real(source, target)
+
+            patch.setattr(os, name, moved)
+        with pytest.raises(TrainingError, match=r"cannot write the adapter .*Input/output error"):
+            run.train(options(2), say=hush)
+    assert held(made) == before
+    assert run.train(options(2), say=hush) == [made]
+    assert held(made).keys() == before.keys()
+    assert held(made) != before
+    assert not [*tmp_path.glob("*.part"), *tmp_path.glob("*.old")]
+
+
 def test_other_options_are_told_apart_from_a_resumption(bases: Folders, pictures: Path, tmp_path: Path) -> None:
     given = {**FEW, "checkpoint": bases["sd"], "data": str(pictures), "out": tmp_path, "steps": 1}
     run.train(StyleLora(**given), say=hush)

@@ -21,8 +21,8 @@ from workers.training.errors import TrainingError
 _TEXT = {"sd": ("lora_te",), "sdxl": ("lora_te1", "lora_te2")}
 _FOLDERS = {"sd": ("text_encoder",), "sdxl": ("text_encoder_one", "text_encoder_two")}
 """As DiffEngine names them."""
-_SPEC = {"sd": "stable-diffusion-v1/lora", "sdxl": "stable-diffusion-xl-v1-base/lora"}
-_BASE = {"sd": "sd_v1", "sdxl": "sdxl_base_v1-0"}
+_V2_WIDTH = 1024
+"""Of what a UNet of Stable Diffusion 2.x is told; 1.x has 768."""
 
 
 def kohya(parts: Mapping[str, nn.Module], alpha: float | None = None) -> dict[str, Tensor]:
@@ -67,8 +67,7 @@ def export(out: Path, base: Base, options: Training, notes: Mapping[str, str], *
                 _diffusers(half, base, text=text)
             else:
                 _peft(half, base, text=text)
-            _remove(target)
-            half.rename(target)
+            _put(half, target)
             made.append(target)
     # safetensors says "I/O error" with an exception of its own.
     except Exception as error:
@@ -79,21 +78,31 @@ def export(out: Path, base: Base, options: Training, notes: Mapping[str, str], *
 
 
 def _one_file(path: Path, base: Base, options: Training, notes: Mapping[str, str], *, text: bool) -> None:
-    family = base.pipeline.family
     parts: dict[str, nn.Module] = {"lora_unet": base.network.unet}
     if text:
-        parts |= dict(zip(_TEXT[family], base.network.texts, strict=True))
+        parts |= dict(zip(_TEXT[base.pipeline.family], base.network.texts, strict=True))
+    version, architecture = _named(base)
     header = {
         "format": "pt",
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(options.rank),
         "ss_network_alpha": str(options.strength),
-        "ss_base_model_version": _BASE[family],
+        "ss_base_model_version": version,
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": _SPEC[family],
+        "modelspec.architecture": f"{architecture}/lora",
         **notes,
     }
     _save(kohya(parts, options.strength), path, header)
+
+
+def _named(base: Base) -> tuple[str, str]:
+    """The base as kohya's scripts name it, and as modelspec does: programs choose by these names where a file fits."""
+    if base.xl:
+        return "sdxl_base_v1-0", "stable-diffusion-xl-v1-base"
+    velocity = base.kind == "v_prediction"
+    if base.network.unet.config.cross_attention_dim == _V2_WIDTH:
+        return ("sd_v2_v", "stable-diffusion-v2-768-v") if velocity else ("sd_v2", "stable-diffusion-v2-512")
+    return "sd_v1_v" if velocity else "sd_v1", "stable-diffusion-v1"
 
 
 def _diffusers(folder: Path, base: Base, *, text: bool) -> None:
@@ -145,6 +154,27 @@ def _save(tensors: dict[str, Tensor], path: Path, header: Mapping[str, str]) -> 
     save_file(tensors, path, metadata=dict(header))
     if load_file(path).keys() != tensors.keys():
         raise TrainingError(f"{path} did not survive writing")
+
+
+def _put(half: Path, target: Path) -> None:
+    """Replace what stands at `target`, if anything, by something whole.
+
+    A file is replaced in one step. A folder cannot be: the old one waits beside the new one until that is in place.
+    """
+    if half.is_file():
+        half.replace(target)
+        return
+    old = target.with_name(f"{target.name}.old")
+    if os.path.lexists(target):
+        _remove(old)
+        target.rename(old)
+    try:
+        half.rename(target)
+    except OSError:
+        if os.path.lexists(old):
+            old.rename(target)
+        raise
+    _remove(old)
 
 
 def _remove(path: Path) -> None:
