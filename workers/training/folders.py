@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from workers.training.errors import TrainingError
+from workers.training.errors import TrainingError, why
 
 Captions = tuple[str, ...]
 ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
@@ -18,7 +18,7 @@ def items(root: Path, column: str) -> list[tuple[Path, Captions]]:
     """Every picture below `root` with its captions, none where there are none, sorted by name.
 
     Where a metadata file stands it decides: pictures it does not name are not used. Raises TrainingError for metadata
-    that cannot be read or names files that are not there.
+    or captions that cannot be read, and for metadata that names files that are not there.
     """
     named: dict[Path, Captions] = {}
     for path in sorted(p for name in ("metadata.jsonl", "metadata.csv") for p in root.rglob(name)):
@@ -57,6 +57,8 @@ def _beside(picture: Path) -> Captions:
         return (path.read_text("utf-8").strip(),)
     except UnicodeDecodeError as error:
         raise TrainingError(f"{path} is not UTF-8 text: {error}") from error
+    except OSError as error:
+        raise TrainingError(f"{path} cannot be read: {why(error)}") from error
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -75,3 +77,5 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     yield line, row
     except (json.JSONDecodeError, csv.Error, UnicodeDecodeError) as error:
         raise TrainingError(f"{path} cannot be read: {error}") from error
+    except OSError as error:
+        raise TrainingError(f"{path} cannot be read: {why(error)}") from error

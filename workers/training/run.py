@@ -19,12 +19,13 @@ from transformers.utils import logging as transformers_logging
 
 from farm.errors import FarmError
 from farm.training import VARIABLE, LcmLora, StyleLora
+from workers.pipelines.device import is_out_of_memory
 from workers.training import objectives
 from workers.training.accelerated import Run
 from workers.training.base import Base, attach, open_base
 from workers.training.data import fingerprint, open_source
 from workers.training.distill import TARGETS
-from workers.training.errors import TrainingError
+from workers.training.errors import TrainingError, reason
 from workers.training.examples import Cut, Positions
 from workers.training.feed import Cache, Feed, open_cache
 from workers.training.formats import export
@@ -39,7 +40,7 @@ DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def train(options: Options, *, say: Say = print, stop: Callable[[], bool] = lambda: False) -> list[Path]:
     """Train an adapter, or go on where an earlier run stopped; returns the files written, none when stopped early.
 
-    Raises TrainingError and InvalidModel, with the last checkpoint kept.
+    Raises TrainingError and InvalidModel, and what `reason` knows, with the last checkpoint kept.
     """
     accelerator = _accelerator(options)
     loud = say if accelerator.is_main_process else _hush
@@ -164,6 +165,34 @@ def _hush(_: str) -> None:
     """Only one of several processes speaks."""
 
 
+def _said(error: Exception, options: Options) -> str | None:
+    """Why training ended, what may help, and what is left of it; None for a fault of the program itself."""
+    said = str(error) if isinstance(error, FarmError) else reason(error)
+    if said is None:
+        return None
+    if is_out_of_memory(error):
+        said = f"{said}: {_smaller(options)}"
+    elif isinstance(error, RuntimeError):
+        said = f"{said}: fewer --loaders take less memory"
+    checkpoint = options.out / "checkpoint.pt"
+    if str(checkpoint) in said or not checkpoint.exists():
+        return said
+    return f"{said}. Last checkpoint: {checkpoint}; the same command goes on from it"
+
+
+def _smaller(options: Options) -> str:
+    """The options that take less memory than these."""
+    less = []
+    if options.batch > 1:
+        # The same step in two halves, or nearly.
+        less.append(f"--batch {options.batch // 2} --accumulate {options.accumulate * 2}")
+    if not options.gradient_checkpointing:
+        less.append("--gradient-checkpointing")
+    if not (options.cache or options.crop == "random" or (isinstance(options, StyleLora) and options.train_text)):
+        less.append("--cache")
+    return f"less is needed with {', '.join([*less, 'a smaller --size'])}; each begins anew in another --out"
+
+
 def main() -> int:
     """Train as the environment says; 1 and a reason when it cannot, 130 when it was asked to stop."""
     for library in (diffusers_logging, transformers_logging):
@@ -181,9 +210,16 @@ def main() -> int:
         signal.signal(number, note)
     try:
         options: Options = given.validate_json(os.environ.get(VARIABLE, ""))
-        made = train(options, say=partial(print, flush=True), stop=lambda: bool(asked))
-    except (TrainingError, FarmError, ValidationError) as error:
+    except ValidationError as error:
         sys.stderr.write(f"training stopped: {error}\n")
+        return 1
+    try:
+        made = train(options, say=partial(print, flush=True), stop=lambda: bool(asked))
+    except Exception as error:
+        said = _said(error, options)
+        if said is None:
+            raise
+        sys.stderr.write(f"training stopped: {said}\n")
         return 1
     except KeyboardInterrupt:
         sys.stderr.write("training stopped at once; it goes on from its last checkpoint\n")

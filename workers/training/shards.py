@@ -13,7 +13,7 @@ import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from workers.training.errors import TrainingError
+from workers.training.errors import TrainingError, why
 from workers.training.folders import ENDINGS, Captions, captions_of
 
 LONGEST = 1 << 20
@@ -77,7 +77,7 @@ def expand(pattern: str) -> list[str]:
 def index(path: Path, column: str) -> list[Sample]:
     """Every picture of a shard with its caption, from a .txt member or the `column` of a .json member.
 
-    Raises TrainingError when the tar is cut short or a .json member cannot be read.
+    Raises TrainingError when the tar cannot be read or is cut short, and when a .json member cannot be read.
     """
     pictures: dict[str, tarfile.TarInfo] = {}
     captions: dict[str, Captions] = {}
@@ -95,6 +95,8 @@ def index(path: Path, column: str) -> list[Sample]:
                     captions[key] = _caption(tar, member, column, f"{path}:{member.name}")
     except (tarfile.TarError, EOFError) as error:
         raise TrainingError(f"{path} cannot be read as a tar file: {error}") from error
+    except OSError as error:
+        raise TrainingError(f"{path} cannot be read: {why(error)}") from error
     return [
         Sample(path, member.name, member.offset_data, member.size, captions.get(key, ()))
         for key, member in pictures.items()
