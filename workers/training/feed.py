@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +16,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from workers.training.base import Base, Condition
-from workers.training.errors import TrainingError
+from workers.training.disk import reserve
+from workers.training.errors import TrainingError, why
 from workers.training.examples import Example, Positions
 
 Say = Callable[[str], None]
+Shapes = Mapping[str, tuple[tuple[int, ...], Any]]
+"""Shape and number type by name of file."""
+NOTE = "cache.json"
+"""What the cache was made for; it comes last, so that a cache without one is not whole."""
 CHUNK = 16
 """Pictures or captions encoded between two lines of progress, at most."""
 
@@ -85,9 +90,9 @@ class Feed:
 def open_cache(
     folder: Path, data: Positions, key: str, base: Base, accelerator: Accelerator, say: Say
 ) -> Cache:  # fmt: skip
-    """The cache in `folder` if it was made for this `key`, else a new one; every process makes its share.
+    """The cache in `folder` if it is whole and was made for this `key`, else a new one; every process makes its share.
 
-    Raises TrainingError when a picture cannot be read or the disk is full.
+    Raises TrainingError when a picture cannot be read, and when the disk is full or fails.
     """
     source, flip = data.source, data.how.flip
     captions = sorted({text for i in range(len(source)) for text in source.captions(i)} | {""})
@@ -97,24 +102,24 @@ def open_cache(
     with torch.no_grad():
         state, pooled = base.network.read(*_on(base.tokens([""]), accelerator.device))
     total = count * (1 + flip)
-    shapes: dict[str, tuple[tuple[int, ...], Any]] = {
+    shapes: Shapes = {
         "moments": ((total, *base.moments(first.pixels[None]).shape[1:]), np.float16),
         "sizes": ((total, 6), np.int32),
         "states": ((len(captions), *state.shape[1:]), np.float16),
         "pooled": ((len(captions), 0 if pooled is None else pooled.shape[1]), np.float16),
     }
-    note, wanted = folder / "cache.json", {"key": key, "shapes": {k: list(v[0]) for k, v in shapes.items()}}
-    if not (note.exists() and json.loads(note.read_text("utf-8")) == wanted):
+    wanted = {"key": key, "shapes": {k: list(v[0]) for k, v in shapes.items()}}
+    if not _usable(folder, wanted, shapes):
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            note.unlink(missing_ok=True)
-            for name, (shape, kind) in shapes.items():
-                _reserve(folder / name, int(np.prod(shape)) * np.dtype(kind).itemsize)
+            _forget(folder)
+            for name, shape in shapes.items():
+                reserve(folder / name, _bytes(*shape), "the cache")
         accelerator.wait_for_everyone()
         _fill(_maps(folder, shapes, "r+"), data, captions, base, accelerator, say)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            note.write_text(json.dumps(wanted), "utf-8")
+            _keep(folder, wanted)
     return Cache(**_maps(folder, shapes, "r"), rows={text: i for i, text in enumerate(captions)}, mirrored=count)
 
 
@@ -146,21 +151,46 @@ def _on(made: tuple[tuple[Tensor, ...], Tensor], device: torch.device) -> tuple[
     return made[0], made[1].to(device)
 
 
-def _reserve(path: Path, size: int) -> None:
-    """A file of this size with its space really taken: writing to a map of a full disk would kill the process."""
+def _usable(folder: Path, wanted: Mapping[str, Any], shapes: Shapes) -> bool:
+    """Whether a whole cache lies there that was made as wanted. Half a note, or a file too short, is none."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as file:
-            if size:
-                os.posix_fallocate(file.fileno(), 0, size)
+        note = json.loads((folder / NOTE).read_text("utf-8"))
+        sizes = {name: (folder / name).stat().st_size for name in shapes}
+    except (OSError, ValueError):
+        return False
+    return bool(note == wanted) and sizes == {name: _bytes(*shape) for name, shape in shapes.items()}
+
+
+def _forget(folder: Path) -> None:
+    """What lies there is no cache from now on."""
+    try:
+        (folder / NOTE).unlink(missing_ok=True)
     except OSError as error:
-        path.unlink(missing_ok=True)
-        raise TrainingError(f"cannot take {size} bytes for the cache {path}: {error.strerror}") from error
+        raise TrainingError(f"cannot remove {folder / NOTE}: {why(error)}") from error
 
 
-def _maps(folder: Path, shapes: Mapping[str, tuple[tuple[int, ...], Any]], mode: Any) -> dict[str, Any]:
-    return {
-        # An empty file cannot be mapped.
-        name: np.memmap(folder / name, kind, mode, shape=shape) if np.prod(shape) else np.zeros(shape, kind)
-        for name, (shape, kind) in shapes.items()
-    }
+def _keep(folder: Path, wanted: Mapping[str, Any]) -> None:
+    """Note how the cache was made; until then it is none."""
+    half = folder / f"{NOTE}.part"
+    try:
+        half.write_text(json.dumps(wanted), "utf-8")
+        half.replace(folder / NOTE)
+    except OSError as error:
+        half.unlink(missing_ok=True)
+        raise TrainingError(f"cannot write {folder / NOTE}: {why(error)}") from error
+
+
+def _bytes(shape: tuple[int, ...], kind: Any) -> int:
+    return math.prod(shape) * int(np.dtype(kind).itemsize)
+
+
+def _maps(folder: Path, shapes: Shapes, mode: Any) -> dict[str, Any]:
+    """The cache's files in memory. Raises TrainingError when the disk does not give them."""
+    try:
+        return {
+            # An empty file cannot be mapped.
+            name: np.memmap(folder / name, kind, mode, shape=shape) if np.prod(shape) else np.zeros(shape, kind)
+            for name, (shape, kind) in shapes.items()
+        }
+    except OSError as error:
+        raise TrainingError(f"cannot open the cache {folder}: {why(error)}") from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from farm.painter import Scene, caption, paint, sample_scene
-from workers.training.errors import TrainingError
+from workers.training.disk import reserve
+from workers.training.errors import TrainingError, why
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,23 +41,33 @@ class Pool:
 
 
 def open_pool(folder: Path, count: int, side: int, seed: int) -> Pool:
-    """The pool of `count` pictures in `folder`, painted now if it is not there yet."""
+    """The pool of `count` pictures in `folder`, painted now if it is not there yet.
+
+    Raises TrainingError for less than one picture, and when the disk has no room or fails.
+    """
     if count < 1:
         raise TrainingError(f"the pool needs at least one picture, not {count}")
     rng = np.random.default_rng((seed, 77))
     scenes = [sample_scene(rng) for _ in range(count)]
     path = folder / f"pool-{count}-{side}-{seed}.npy"
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        half = path.with_suffix(".part.npy")
+        half, shape = path.with_suffix(".part.npy"), (count, side, side, 4)
+        reserve(half, math.prod(shape), "the pool", _head(shape))
         try:
-            pixels = np.lib.format.open_memmap(half, "w+", np.uint8, (count, side, side, 4))
+            pixels = np.load(half, mmap_mode="r+")
             for i, scene in enumerate(scenes):
                 painted = paint(scene, side, side, seed * 10_000_019 + i)
                 pixels[i, :, :, :3] = painted.picture
                 pixels[i, :, :, 3] = painted.mask * np.uint8(255)
             pixels.flush()
+            half.rename(path)
         except OSError as error:
-            raise TrainingError(f"cannot write the pool {path}: {error}") from error
-        half.rename(path)
+            raise TrainingError(f"cannot write the pool {path}: {why(error)}") from error
     return Pool(np.load(path, mmap_mode="r"), scenes)
+
+
+def _head(shape: tuple[int, ...]) -> bytes:
+    """What a .npy file of bytes of this shape begins with."""
+    made = io.BytesIO()
+    np.lib.format.write_array_header_1_0(made, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return made.getvalue()
