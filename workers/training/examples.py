@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
+from multiprocessing import resource_tracker
 from typing import Any
 
 import numpy as np
@@ -117,19 +119,32 @@ def passes(data: Positions, rows: Rows, loaders: int) -> Generator[list[Example]
         batch_sampler=rows,
         num_workers=loaders,
         collate_fn=_together,
-        worker_init_fn=_deaf,
         # A fork would inherit the device.
         multiprocessing_context="spawn" if loaders else None,
     )
-    for found in reader:
+    with _deaf() if loaders else nullcontext():
+        given = iter(reader)
+    for found in given:
         if isinstance(found, TrainingError):
             raise found
         yield found
 
 
-def _deaf(_: int) -> None:
-    """Ctrl-C reaches every process of a terminal; a reader has to live until its trainer is done."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Processes that are started in here never hear these signals; this one hears them afterwards.
+
+    Ctrl-C reaches every process of a terminal, and a SIGTERM of systemd or Slurm every one of the group. A reader has
+    to live until its trainer is done with the step, and may hear of it before it has come to its first line: so it
+    inherits what it must not hear.
+    """
+    # Whoever starts multiprocessing's tracker lets the two signals through again: it has to run before.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _together(found: Sequence[Example | TrainingError]) -> list[Example] | TrainingError:
