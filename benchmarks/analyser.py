@@ -6,7 +6,7 @@ painted pictures, whose truth is known, and refuses to go on below `NEEDED`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,8 @@ LINE, DEEP = 0.72, 0.47
 """A line is darker than `LINE` of the wall beside it; a tenth of a crack is below `DEEP`, and no wet stain is."""
 LONG = 0.27
 """Shorter lines than this share of the picture's side are pores, stains or joints."""
+BENT = 0.25
+"""A straight diagonal has 1 here, a right angle 0; no single diagonal of 55 the painter drew was below."""
 
 
 class WeakAnalyser(Exception):
@@ -37,17 +39,21 @@ class WeakAnalyser(Exception):
 @dataclass(frozen=True, slots=True)
 class Seen:
     """What the analyser reads: `direction` is "none" where it sees no crack; `rising` whether the lines together go up
-    from left to right."""
+    from left to right; `bent` whether as much of them rises as falls."""
 
     wall: str
     direction: str
     rising: bool = False
+    bent: bool = False
 
 
 def read(picture: Picture) -> Seen:
     """Everything the analyser can say about a picture (uint8, height, width, 3)."""
-    angle = read_angle(picture)
-    return Seen(read_wall(picture), _named(angle), angle is not None and angle > 0.0)
+    lines = list(_lines(picture))
+    angle = _angle(lines)
+    return Seen(
+        read_wall(picture), _named(angle), angle is not None and angle > 0.0, _bent(_mask(lines, picture.shape[:2]))
+    )
 
 
 def read_wall(picture: Picture) -> str:
@@ -86,8 +92,12 @@ def _named(angle: float | None) -> str:
 def read_angle(picture: Picture) -> float | None:
     """Degrees between the long dark lines together and the ground, -90 to 90, more than 0 where they rise to the right;
     None if no line is long and deep enough."""
+    return _angle(_lines(picture))
+
+
+def _angle(lines: Iterable[NDArray[np.int64]]) -> float | None:
     turn, total = 0j, 0.0
-    for group in _lines(picture):
+    for group in lines:
         length = float(np.hypot(*np.ptp(group, axis=0)))
         _, values, axes = np.linalg.svd(group - group.mean(axis=0), full_matrices=False)
         if values[1] > 0.75 * values[0]:
@@ -102,10 +112,21 @@ def read_angle(picture: Picture) -> float | None:
 
 def read_crack(picture: Picture) -> NDArray[np.bool_]:
     """Where the long dark lines run: bool (height, width)."""
-    found = np.zeros(picture.shape[:2], bool)
-    for group in _lines(picture):
+    return _mask(_lines(picture), picture.shape[:2])
+
+
+def _mask(lines: Iterable[NDArray[np.int64]], shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    found = np.zeros(shape, bool)
+    for group in lines:
         found[group[:, 0], group[:, 1]] = True
     return found
+
+
+def _bent(mask: NDArray[np.bool_]) -> bool:
+    """Whether lines rise as much as they fall: hardly more of their edges faces one diagonal than the other."""
+    down, across = np.gradient(_smooth(mask.astype(np.float64)))
+    along = 2.0 * abs(float((down * across).sum()))
+    return along < BENT * float((down * down + across * across).sum())
 
 
 def _lines(picture: Picture) -> Iterator[NDArray[np.int64]]:
@@ -188,6 +209,14 @@ def rising(seen: Sequence[Seen], meant: Sequence[Scene]) -> float | None:
     and the painter lets half of them rise."""
     diagonal = [s.rising for s, m in zip(seen, meant, strict=True) if s.direction == m.direction == "diagonal"]
     return _share(diagonal)
+
+
+def bent(seen: Sequence[Seen], meant: Sequence[Scene]) -> float | None:
+    """Of the single diagonal cracks that were meant and seen, the share that rises as much as it falls: none should."""
+    pairs = zip(seen, meant, strict=True)
+    return _share(
+        [s.bent for s, m in pairs if s.direction != "none" and (m.direction, m.form) == ("diagonal", "single")]
+    )
 
 
 def _share(right: Sequence[bool]) -> float | None:

@@ -137,6 +137,7 @@ class Judge:
         return {
             **analyser.rates(seen, scenes),
             "rising": analyser.rising(seen, scenes),
+            "bent": analyser.bent(seen, scenes),
             "distance": features.distance(features.look(self.eye, pictures), self.seen),
             "sharpness": round(features.sharpness(pictures) / self.sharp, 3),
         }

@@ -32,7 +32,7 @@ from benchmarks.training_record import HONING, BadRecord, record, rows
 from workers.training.crack_tiny_hone import options
 
 REPORT = Path("benchmarks/out/crack_tiny.json")
-COLUMNS = ("wall", "crack", "whole", "direction", "hairlines", "rising", "distance", "sharpness")
+COLUMNS = ("wall", "crack", "whole", "direction", "hairlines", "rising", "bent", "distance", "sharpness")
 COARSE = ("distance", "sharpness")
 SHEETS = {
     "crack_tiny_prompts.png": "crack-tiny-prompts.webp",
@@ -105,8 +105,9 @@ never trained on, with all kinds of walls and cracks as often as the painter dra
 whether there is a crack, how many of the walls that were asked for without one are whole, the direction (of cracks
 that were asked for) and how many of the hairline cracks asked for are seen; on {judged} painted pictures of each of
 {seeds} seeds it is right in at least {wall:.3f}, {crack:.3f} and {direction:.3f} of walls, cracks and directions.
-Rising: how many of the diagonal cracks go up from left to right; captions do not say, the painter
-lets half of them. Distance: Frechet distance to painted pictures of the same scenes in the {size} features of a small
+Rising: how many of the diagonal cracks go up from left to right; captions do not say, the painter lets half of them.
+Bent: how many of the single diagonal cracks rise as much as they fall, like a V; the painter has none. Distance:
+Frechet distance to painted pictures of the same scenes in the {size} features of a small
 classifier trained on painted pictures (benchmarks/features.py; it names walls right in {named:.2f} and directions in
 {turned:.2f}). Sharpness: mean Laplacian, painted pictures are 1. A rate near 0.95 has a standard error of {error:.3f}.
 Seconds are those of one of eight pictures in a micro-batch on {machine}.

@@ -1,11 +1,13 @@
 """The analyser on painted pictures: what it sees, what it does not take for a crack, and that it stops when weak."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from benchmarks import analyser
 from benchmarks.analyser import Seen
-from farm.painter import Scene, paint
+from farm.painter import Scene, paint, sample_scene
 from farm.painter.scene import DIRECTIONS, WALLS, WIDTHS
 
 
@@ -52,6 +54,29 @@ def test_diagonals_rise_or_fall() -> None:
     seen = [rising, rising, falling, Seen("concrete", "vertical", rising=True), rising]
     assert analyser.rising(seen, meant) == 0.6667, "neither what was not meant nor what was not read"
     assert analyser.rising(seen[3:], meant[3:]) is None
+
+
+def test_a_diagonal_that_turns_around_is_bent() -> None:
+    wall = np.full((96, 96, 3), 150, np.uint8)
+    for row in range(96):
+        wall[row, max(0, row - 1) : row + 1] = 20
+    turned = wall.copy()
+    turned[:, 48:] = turned[:, 47::-1]
+    straight, bent = analyser.read(wall), analyser.read(turned)
+    assert (straight.bent, bent.bent) == (False, True)
+    assert not analyser.read(wall[:, ::-1]).bent
+    single, split = Scene("concrete", "diagonal"), Scene("concrete", "diagonal", form="split")
+    assert single.form == "single"
+    none = Seen("concrete", "none", bent=True)
+    assert analyser.bent([straight, bent, bent, none], [single, single, split, single]) == 0.5
+    assert analyser.bent([bent], [split]) is None
+
+
+def test_painted_diagonals_are_straight() -> None:
+    rng = np.random.default_rng(12)
+    scenes = [replace(sample_scene(rng), direction="diagonal", form="single") for _ in range(40)]
+    seen = [analyser.read(paint(scene, 128, 128, number).picture) for number, scene in enumerate(scenes)]
+    assert (analyser.bent(seen, scenes) or 0.0) <= 0.05
 
 
 def test_rates_count_what_was_meant() -> None:

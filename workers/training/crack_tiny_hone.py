@@ -18,6 +18,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,8 @@ class Honing(crack_tiny.Recipe):
         known = known | {"lean": lean(self.pool())}
         for name, make, count in (("crossed", crossed, self.honing.crossed), ("bent", bent, self.honing.bent)):
             pool, more = make(self.pool(), count, np.random.default_rng((self.settings.seed, 9)))
-            path = self.work / f"{name}-{count}-{self.settings.pool}-{self.settings.seed}.npy"
+            # By what they are, not by how many: another release may put together other ones.
+            path = self.work / f"{name}-{sha256(pool.pixels.tobytes()).hexdigest()[:12]}.npy"
             latents = np.concatenate((latents, diffusion.encode_pool(self.refine(), pool, path)))
             known = {question: np.concatenate((right, more[question])) for question, right in known.items()}
         return latents, kinds | {"direction": CROSSED + 1, "lean": len(LEANS)}, known
