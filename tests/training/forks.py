@@ -48,11 +48,12 @@ class Forks:
         *ranks: Mapping[str, str],
         signals: Mapping[int, list[int]] | None = None,
     ) -> list[int]:
-        """How trainers that run at the same time end, one for each of `ranks`, the variables it gets beside options.
+        """How trainers that run at the same time end, one for each of `ranks`, the variables it gets beside options, or
+        in place of these.
 
         `said` gets what they print. `signals` come in the middle of a pass, counted from 1, and to the last of them.
         """
-        asked = [{**each, VARIABLE: options.model_dump_json()} for each in ranks or ({},)]
+        asked = [{VARIABLE: options.model_dump_json(), **each} for each in ranks or ({},)]
         return self._ask("train", asked, said, signals or {})
 
     def launch(self, said: Path, **variables: str) -> int:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import itertools
+import json
 import os
 import resource
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
 
 from farm.training import LcmLora, StyleLora
 from tests.training.conftest import FEW, Folders, hush, weights
@@ -158,6 +162,54 @@ def test_other_options_are_told_apart_from_a_resumption(bases: Folders, pictures
     (tmp_path / "checkpoint.pt").write_bytes(b"half a checkpoint")
     with pytest.raises(TrainingError, match="cannot read checkpoint"):
         run.train(StyleLora(**given), say=hush)
+
+
+def test_what_auto_stood_for_is_kept(bases: Folders, pictures: Path, tmp_path: Path) -> None:
+    """On another device it stands for something else, and would go on unnoticed."""
+    given = {**FEW, "checkpoint": bases["sd"], "data": str(pictures)}
+    run.train(StyleLora(**given, out=tmp_path / "bf16", steps=1, precision="bf16"), say=hush)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(TrainingError, match=r"precision was 'bf16', is 'no' \(auto is that of this device\)\. Give"):
+        run.train(StyleLora(**given, out=tmp_path / "bf16", steps=2, precision="auto"), say=hush)
+    run.train(StyleLora(**given, out=tmp_path / "auto", steps=1), say=hush)
+    assert run.train(StyleLora(**given, out=tmp_path / "auto", steps=2, precision="no"), say=hush)
+
+
+def test_pictures_or_noise_that_changed_are_told_apart_from_a_resumption(
+    bases: Folders, pictures: Path, tmp_path: Path
+) -> None:
+    base, walls = (shutil.copytree(each, tmp_path / each.name) for each in (bases["sd"], pictures))
+
+    def options(steps: int) -> StyleLora:
+        return StyleLora(checkpoint=base, data=str(walls), out=tmp_path / "out", steps=steps, **FEW)
+
+    run.train(options(1), say=hush)
+    # What says nothing of the weights may change, and so may times.
+    (base / "profile.json").write_text("{}")
+    os.utime(walls / "0.png", (0, 0))
+    assert run.train(options(2), say=hush)
+    before = (walls / "0.png").read_bytes()
+    Image.new("RGB", (24, 20)).save(walls / "0.png")
+    with pytest.raises(TrainingError, match=r"other options: data was '[^;]*$"):
+        run.train(options(3), say=hush)
+    (walls / "0.png").write_bytes(before)
+    noise = base / "scheduler/scheduler_config.json"
+    noise.write_text(json.dumps(json.loads(noise.read_text()) | {"prediction_type": "v_prediction"}))
+    with pytest.raises(TrainingError, match=r"other options: checkpoint was '[^;]*$"):
+        run.train(options(3), say=hush)
+
+
+def test_a_checkpoint_of_a_release_that_kept_less_is_refused(bases: Folders, pictures: Path, tmp_path: Path) -> None:
+    options = StyleLora(checkpoint=bases["sd"], data=str(pictures), out=tmp_path, steps=1, **FEW)
+    run.train(options, say=hush)
+    state = loop.load(tmp_path / "checkpoint.pt")
+    facts = json.loads(state["facts"])
+    del facts["known"]
+    loop.save(tmp_path / "checkpoint.pt", state | {"facts": json.dumps(facts | {"precision": "auto"})})
+    with pytest.raises(
+        TrainingError, match=r"begun by another release, .*: finish it with that release, or give anoth"
+    ):
+        run.train(options, say=hush)
 
 
 def test_unknown_targets_are_refused_with_near_names(bases: Folders, pictures: Path, tmp_path: Path) -> None:

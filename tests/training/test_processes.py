@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from farm.training import LcmLora, StyleLora
+from farm.training import VARIABLE, LcmLora, StyleLora
 from tests.training import told
 from tests.training.conftest import FEW, Folders, hush, weights
 from tests.training.forks import Forks
@@ -88,3 +88,32 @@ def test_two_devices_learn_what_one_does_in_two_passes(
     assert max(float(value.abs().max()) for name, value in one.items() if "lora_B" in name) > 0.005
     for name, value in one.items():
         assert torch.allclose(value, two[name], rtol=1e-4, atol=1e-6), name
+
+
+def test_devices_that_are_not_at_one_refuse_to_go_on(
+    forks: Forks, bases: Folders, tmp_path: Path, ranks: list[dict[str, str]]
+) -> None:
+    """As on two machines: each has its own disk, and only the first writes a checkpoint."""
+    given: dict[str, Any] = {**FEW, "checkpoint": bases["sd"], "data": "painter:3", "steps": 4, "devices": 2}
+
+    def trained(first: LcmLora, second: LcmLora) -> tuple[list[int], str]:
+        said = tmp_path / "said"
+        said.unlink(missing_ok=True)
+        one, other = meeting(ranks)
+        return forks.train(first, said, one, other | {VARIABLE: second.model_dump_json()}), said.read_text()
+
+    here, there = LcmLora(**given, out=tmp_path / "here"), LcmLora(**given, out=tmp_path / "there")
+    begun = here.model_copy(update={"steps": 1})
+    codes, said = trained(begun, there.model_copy(update={"steps": 1}))
+    assert codes == [0, 0], said
+    assert not (there.out / "checkpoint.pt").exists()
+    for second, words in (
+        (there, "checkpoint.pt is at step 1 for device 0, at step 0 for device 1 (0: there is none): --out has to be"),
+        (here.model_copy(update={"data": "painter:4"}), "data was "),
+        (here.model_copy(update={"steps": 5}), "steps is 4 for device 0, 5 for device 1: all machines need the same"),
+    ):
+        codes, said = trained(here, second)
+        assert codes == [1, 1], said
+        assert said.count("training stopped: ") == 2, said
+        assert said.count(words) == 2, said
+    assert loop.load(here.out / "checkpoint.pt")["step"] == 1

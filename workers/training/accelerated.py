@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from farm.training import FREE, Training
 from workers.training.base import Base
@@ -28,6 +29,8 @@ from workers.training.objectives import Loss
 
 PATIENCE = 10.0
 """Seconds between two lines of progress, at least."""
+KNOWN = 2
+"""Raised when what a checkpoint tells of its run changes: older ones could not say whether they may go on."""
 SKIPS = 50
 """Steps in a row that fp16's scaler may throw away before it has to be something else than its search for a scale."""
 
@@ -191,22 +194,58 @@ class Run:
     def resume(self) -> dict[str, Any]:
         """Put the adapter of the checkpoint in place and return the rest; empty where there is no checkpoint.
 
-        Raises TrainingError when the checkpoint was made with other options, data or base than now.
+        Raises TrainingError, on every device, when one of them cannot go on with the checkpoint, which was made with
+        other options, data or base than now; and when they are not at one about step, options, data and base.
         """
-        if not self.checkpoint.exists():
-            return {}
+        found: dict[str, Any] = {}
+        trouble = ""
+        try:
+            if self.checkpoint.exists():
+                found = self._kept()
+        except TrainingError as error:
+            trouble = str(error)
+        o = self.options
+        # They wait for each other at these steps.
+        met = {"steps": o.steps, "save_every": o.save_every, "sample_every": o.sample_every}
+        mine = {"step": int(found.get("step", 0)), "facts": self._facts() | met, "trouble": trouble}
+        # Each device reads for itself, and one that stopped here alone would leave the others waiting.
+        self._agree(gather_object([mine]))
+        return found
+
+    def _agree(self, all_of_them: list[dict[str, Any]]) -> None:
+        """Raises TrainingError unless these are equal, one of each device."""
+        first = all_of_them[0]
+        for number, each in enumerate(all_of_them):
+            if each["trouble"]:
+                where = f" (device {number})" if len(all_of_them) > 1 else ""
+                raise TrainingError(f"{each['trouble']}{where}")
+            for name, value, other in _unlike(first["facts"], each["facts"]):
+                raise TrainingError(
+                    f"{name} is {value!r} for device 0, {other!r} for device {number}: all machines need the same "
+                    "options, checkpoint and data"
+                )
+            if each["step"] != first["step"]:
+                raise TrainingError(
+                    f"{self.checkpoint} is at step {first['step']} for device 0, at step {each['step']} for device "
+                    f"{number} (0: there is none): --out has to be one folder that all machines share"
+                )
+
+    def _kept(self) -> dict[str, Any]:
+        """What the checkpoint holds, its adapter put in place. Raises TrainingError when it does not fit."""
         state = load(self.checkpoint)
         try:
             before = json.loads(state["facts"])
-            now = self._facts()
-            other = [
-                f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
-                for name in sorted(before.keys() | now.keys())
-                if before.get(name) != now.get(name)
-            ]
-            if other:
+            if before.get("known") != KNOWN:
                 raise TrainingError(
-                    f"{self.checkpoint} belongs to a run with other options: {'; '.join(other)}. "
+                    f"{self.checkpoint} was begun by another release, which kept less of what has to stay as it was: "
+                    "finish it with that release, or give another --out to begin anew"
+                )
+            now = self._facts()
+            if other := [f"{name} was {was!r}, is {value!r}" for name, was, value in _unlike(before, now)]:
+                auto = " (auto is that of this device)" if self.options.precision == "auto" else ""
+                told = "; ".join(f"{each}{auto}" if each.startswith("precision ") else each for each in other)
+                raise TrainingError(
+                    f"{self.checkpoint} belongs to a run with other options: {told}. "
                     "Give the same ones to go on, or another --out to begin anew"
                 )
             # Every weight is asked for; one too many would be no fault of this run's options.
@@ -221,7 +260,16 @@ class Run:
 
     def _facts(self) -> dict[str, Any]:
         chosen = json.loads(self.options.model_dump_json(exclude=set(FREE)))
-        return {**chosen, **self.facts, "devices": self.accelerator.num_processes}
+        # What auto stands for is another thing on another device.
+        resolved = {"precision": self.accelerator.mixed_precision, "devices": self.accelerator.num_processes}
+        return {**chosen, **self.facts, **resolved, "known": KNOWN}
+
+
+def _unlike(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Name, one value and the other, of what differs."""
+    for name in sorted(one.keys() | other.keys()):
+        if one.get(name) != other.get(name):
+            yield name, one.get(name), other.get(name)
 
 
 class _Pace:

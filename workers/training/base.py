@@ -28,6 +28,8 @@ SLICE = 4
 """Pictures the autoencoder takes at once, in float32: more would need the memory that training needs."""
 PIECE = 64 * 1024
 """Bytes."""
+READ = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+"""Folders of a checkpoint whose configurations decide what is learnt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,7 +245,8 @@ def _ends(path: str) -> list[str]:
 
 
 def _fingerprint(folder: Path) -> str:
-    """Names and sizes of the weights and two pieces of each file, as fine-tunes have equal names and sizes."""
+    """Names and sizes of the weights and two pieces of each file, as fine-tunes have equal names and sizes; and all
+    that is said of them: what they predict and for which noise is in the scheduler's configuration alone."""
     found = hashlib.sha256()
     for path in sorted(folder.rglob("*.safetensors")):
         size = path.stat().st_size
@@ -252,4 +255,7 @@ def _fingerprint(folder: Path) -> str:
             for start in (size // 2, max(0, size - PIECE)):
                 file.seek(start)
                 found.update(file.read(PIECE))
+    said = [path for part in READ for path in (folder / part).glob("*") if path.suffix in {".json", ".txt"}]
+    for path in sorted([folder / "model_index.json", *said]):
+        found.update(f"{path.relative_to(folder)} {hashlib.sha256(path.read_bytes()).hexdigest()}".encode())
     return found.hexdigest()

@@ -168,13 +168,29 @@ def open_source(said: str, column: str, size: tuple[int, int], seed: int) -> Sou
 
 
 def fingerprint(source: Source) -> str:
-    """What the data is, by names and captions: equal for equal order and wording."""
+    """What the data is, by names, sizes in bytes and captions: equal for equal files in equal order.
+
+    Raises TrainingError when a file has gone.
+    """
     found = hashlib.sha256()
     for number in range(len(source)):
-        # By the last part of the name: the folder may have moved.
+        # By the last part of the name: the folder may have moved. And not by time, which a copy has of its own.
         name = Path(source.label(number)).name
-        found.update(json.dumps([name, *source.captions(number)]).encode())
+        found.update(json.dumps([name, _size(source, number), *source.captions(number)]).encode())
     return found.hexdigest()
+
+
+def _size(source: Source, number: int) -> int:
+    """Bytes of a picture's file; 0 for one that is painted."""
+    if isinstance(source, Tars):
+        return source.items[number].size
+    if not isinstance(source, Folder):
+        return 0
+    path = source.items[number][0]
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise TrainingError(f"{path} cannot be read as a picture: {error}") from error
 
 
 def upright(picture: Image.Image) -> Image.Image:
