@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import sys
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -139,19 +140,41 @@ def masks_of(planes: Any) -> Tensor:
 def export(folder: Path, net: Any) -> int:
     """Write a diffusers ControlNetModel folder, half precision; answers the bytes of its weights.
 
-    Raises TrainingError when it cannot be written, does not survive that, or is too large to be shipped.
+    What stood there before is replaced only by something whole that may be shipped. Raises TrainingError when it cannot
+    be written, does not survive that, or is too large.
     """
     net.to(torch.float16)
+    # Of the folder itself, where a link leads to it: beside a link may be another disk.
+    half = folder.resolve()
+    half = half.with_name(f"{half.name}.part")
     try:
-        net.save_pretrained(folder, safe_serialization=True)
-        back = ControlNetModel.from_pretrained(folder, torch_dtype=torch.float16, local_files_only=True).state_dict()
-    except (OSError, ValueError) as error:
+        shutil.rmtree(half, ignore_errors=True)
+        net.save_pretrained(half, safe_serialization=True)
+        size = _checked(half, net)
+        folder.mkdir(parents=True, exist_ok=True)
+        # One by one, as the folder may hold more than this; the weights last, without which it is no ControlNet.
+        for path in sorted(half.iterdir()):
+            path.replace(folder / path.name)
+    # safetensors says "I/O error" with an exception of its own.
+    except Exception as error:
+        if isinstance(error, TrainingError):
+            raise
         raise TrainingError(f"cannot write the ControlNet to {folder}: {error}") from error
+    finally:
+        shutil.rmtree(half, ignore_errors=True)
+    return size
+
+
+def _checked(folder: Path, net: Any) -> int:
+    """The bytes of the weights. Raises TrainingError when they are others than the net's, or too many."""
+    back = ControlNetModel.from_pretrained(folder, torch_dtype=torch.float16, local_files_only=True).state_dict()
     if any(not torch.equal(value, back[name]) for name, value in net.state_dict().items()):
         raise TrainingError(f"{folder} did not survive writing")
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if size > LARGEST:
-        raise TrainingError(f"{folder} has {size / 1e6:.1f} MB of weights, {LARGEST / 1e6:.0f} at most may be shipped")
+        raise TrainingError(
+            f"the ControlNet has {size / 1e6:.1f} MB of weights, {LARGEST / 1e6:.0f} at most may be shipped"
+        )
     return size
 
 
