@@ -106,7 +106,7 @@ whether there is a crack, how many of the walls that were asked for without one 
 that were asked for) and how many of the hairline cracks asked for are seen; on {judged} painted pictures of each of
 {seeds} seeds it is right in at least {wall:.3f}, {crack:.3f} and {direction:.3f} of walls, cracks and directions.
 Rising: how many of the diagonal cracks go up from left to right; captions do not say, the painter lets half of them.
-Bent: how many of the single diagonal cracks rise as much as they fall, like a V; the painter has none. Distance:
+Bent: how many of the single diagonal cracks rise as much as they fall, like a V; the painter draws few. Distance:
 Frechet distance to painted pictures of the same scenes in the {size} features of a small
 classifier trained on painted pictures (benchmarks/features.py; it names walls right in {named:.2f} and directions in
 {turned:.2f}). Sharpness: mean Laplacian, painted pictures are 1. A rate near 0.95 has a standard error of {error:.3f}.

@@ -132,8 +132,7 @@ def honed(model: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ):
         assert crack_tiny_hone.main([*command, *wrong]) == 1
         assert (
-            "walks are of 1 to 50 steps, one wall or more is crossed and bent, and wet walls"
-            in capsys.readouterr().err
+            "walks are of 1 to 50 steps, one wall or more is crossed and bent, and wet walls" in capsys.readouterr().err
         )
 
 
