@@ -164,7 +164,8 @@ def _cracked(scene: Scene, wall: str, opened: bool, rng: np.random.Generator) ->
     if order < 0.3 or (opened and order < 0.65):
         return f"{place} with {crack}"
     if order < 0.76:
-        return f"{crack} {_pick(rng, ('on', 'in', 'on', 'across'))} {place}"
+        word = _pick(rng, ("on", "in", "on", "across"))
+        return f"{crack} {'on' if crack.endswith(word) else word} {place}"
     if order < 0.88:
         return f"{place} showing {crack}"
     if order < 0.94:

@@ -88,6 +88,35 @@ def test_a_crack_changes_the_wall_where_its_mask_is_and_nowhere_else() -> None:
         changed = (cracked.picture != whole.picture).any(axis=2)
         # Its crumbled edge and the lit lip are less than three tenths of a pixel of crack.
         assert not (changed & ~near(cracked.mask, 3)).any(), (seed, scene)
+        dark = change < -0.3 * whole.picture.sum(axis=2, dtype=int)
+        assert not (dark & ~cracked.mask).any(), "what is dark of it is in the mask, to the pixel"
+
+
+def test_captions_say_things_in_many_orders() -> None:
+    """Of a wall, its crack, light and water each may come before each other."""
+    rng = np.random.default_rng(5)
+    scene = Scene("blue", "vertical", "wide", light="shade", water=True)
+    places = {
+        "wall": r"\b(wall|facade|plaster)",
+        "crack": r"crack",
+        "light": r"shad|sky|cloud|overcast",
+        "water": r"water|leak",
+    }
+    orders = Counter[tuple[str, ...]]()
+    for _ in range(600):
+        text = caption(scene, rng).lower()
+        found = {name: match.start() for name, words in places.items() if (match := re.search(words, text))}
+        if len(found) == len(places):
+            orders[tuple(sorted(found, key=found.__getitem__))] += 1
+    before = {(first, second) for order in orders for at, first in enumerate(order) for second in order[at + 1 :]}
+    assert len(orders) >= 6, orders
+    assert {("wall", "crack"), ("crack", "wall"), ("light", "wall"), ("water", "wall")} <= before
+
+
+def test_no_word_stands_twice_beside_itself() -> None:
+    rng = np.random.default_rng(9)
+    texts = [caption(replace(sample_scene(rng), direction="diagonal"), rng) for _ in range(3_000)]
+    assert [text for text in texts if re.search(r"\b(\w+) \1\b", text.lower())] == []
 
 
 @pytest.mark.parametrize("wall", WALLS)

@@ -62,12 +62,12 @@ class Settings:
 # Shows in ten minutes on two cores that the recipe is real; the pictures stay rough.
 QUICK = Settings(
     pool=1_000,
-    autoencoder_steps=150,
-    refine_steps=30,
-    words_steps=130,
-    base_steps=250,
-    distil_steps=40,
+    autoencoder_steps=300,
+    refine_steps=60,
+    words_steps=150,
+    base_steps=400,
+    distil_steps=60,
     decoder_steps=20,
-    reader_steps=60,
-    sharpen_steps=10,
+    reader_steps=100,
+    sharpen_steps=20,
 )
