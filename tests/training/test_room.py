@@ -16,6 +16,7 @@ from farm.training import StyleLora
 from tests.training.conftest import FEW, Folders, hush
 from tests.training.test_adapter_trouble import small_disk
 from workers.training import disk, pool, run
+from workers.training.disk import beside
 from workers.training.errors import TrainingError
 
 
@@ -128,3 +129,28 @@ def test_a_cache_that_cannot_be_begun_is_named(bases: Folders, pictures: Path, t
     (tmp_path / "cache" / "cache.json").mkdir(parents=True)
     with pytest.raises(TrainingError, match=r"cannot remove .*cache/cache\.json: Is a directory$"):
         run.train(StyleLora(checkpoint=bases["sd"], data=str(pictures), **given), say=hush)
+
+
+def test_a_folder_changes_only_when_all_of_the_new_one_is_there(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    (folder / "unet").mkdir(parents=True)
+    (folder / "unet" / "weights").write_text("old")
+    (folder / "README.md").write_text("a card")
+
+    def stopped() -> None:
+        with beside(folder) as half:
+            (half / "unet").mkdir()
+            (half / "unet" / "weights").write_text("new")
+            raise TrainingError("no room")
+
+    with pytest.raises(TrainingError, match="no room"):
+        stopped()
+    assert (folder / "unet" / "weights").read_text() == "old"
+    with beside(folder) as half:
+        assert list(half.iterdir()) == [], "nothing of the failed one is left"
+        (half / "unet").mkdir()
+        (half / "unet" / "weights").write_text("new")
+        (half / "profile.json").write_text("{}")
+    assert (folder / "unet" / "weights").read_text() == "new"
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "profile.json", "unet"]
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -27,6 +27,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from farm.painter import caption, sample_scene
 from workers.training import autoencoder, diffusion, distill, sharpen, tokens
 from workers.training.crack_tiny_settings import QUICK, Settings
+from workers.training.disk import beside
 from workers.training.errors import exit_status
 from workers.training.export import export_lora, export_pipeline, export_profile
 from workers.training.loop import Plan
@@ -268,18 +269,20 @@ class Recipe:
         return unet, text
 
     def export(self, out: Path) -> None:
+        """The model's folder; what stood there before stays until all of the new one is written."""
         unet, text = self.sharpen()
-        export_lora(out / "lcm-lora.safetensors", unet, NOTES)
-        unet.unload_lora()
-        export_pipeline(
-            out,
-            vae=self.decoder(),
-            text=text,
-            tokenizer=self.tokenizer(),
-            unet=unet,
-            schedule=diffusion.scheduler(),
-        )
-        export_profile(out / "profile.json", PROFILE)
+        with beside(out) as half:
+            export_lora(half / "lcm-lora.safetensors", unet, NOTES)
+            unet.unload_lora()
+            export_pipeline(
+                half,
+                vae=self.decoder(),
+                text=text,
+                tokenizer=self.tokenizer(),
+                unet=unet,
+                schedule=diffusion.scheduler(),
+            )
+            export_profile(half / "profile.json", PROFILE)
         recipe = json.dumps(asdict(self.settings), indent=2)
         (self.work / "settings.json").write_text(recipe + "\n", "utf-8")
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shutil
 import sys
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -25,6 +24,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 
 from workers.training import diffusion
+from workers.training.disk import beside
 from workers.training.errors import TrainingError, exit_status
 from workers.training.finished import mark, open_finished
 from workers.training.loop import Plan, Say, train
@@ -144,25 +144,15 @@ def export(folder: Path, net: Any) -> int:
     be written, does not survive that, or is too large.
     """
     net.to(torch.float16)
-    # Of the folder itself, where a link leads to it: beside a link may be another disk.
-    half = folder.resolve()
-    half = half.with_name(f"{half.name}.part")
     try:
-        shutil.rmtree(half, ignore_errors=True)
-        net.save_pretrained(half, safe_serialization=True)
-        size = _checked(half, net)
-        folder.mkdir(parents=True, exist_ok=True)
-        # One by one, as the folder may hold more than this; the weights last, without which it is no ControlNet.
-        for path in sorted(half.iterdir()):
-            path.replace(folder / path.name)
+        with beside(folder) as half:
+            net.save_pretrained(half, safe_serialization=True)
+            return _checked(half, net)
     # safetensors says "I/O error" with an exception of its own.
     except Exception as error:
         if isinstance(error, TrainingError):
             raise
         raise TrainingError(f"cannot write the ControlNet to {folder}: {error}") from error
-    finally:
-        shutil.rmtree(half, ignore_errors=True)
-    return size
 
 
 def _checked(folder: Path, net: Any) -> int:
