@@ -71,7 +71,7 @@ class Settings:
     deep: int = 2
     """How many of the steps walked last answer for what the reader finds."""
     remembered: int = 64
-    """Of so many pictures of diagonal cracks half have to rise."""
+    """Among so many pictures of diagonal cracks enough have to rise and enough to fall."""
     bf16: bool = True
 
 

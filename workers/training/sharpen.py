@@ -49,7 +49,7 @@ class Sharpening:
     say beside the loss of distillation, which every `anchored`th step adds; `emphasis` says of a question how many
     times it counts, once unless it is there; `deep` is the number of last steps that answer for what is read: with
     two, a step also learns to leave what the next one can make something of; `remembered` is the number of pictures,
-    of those with ANY answer, among which answers are evened out: the more, the later it comes."""
+    of those with ANY answer, among which each has to be there: the more, the later it is seen to."""
 
     walks: tuple[int, ...] = (2, 4, 4, 8)
     blur: int = 250
