@@ -165,7 +165,7 @@ def _cracked(scene: Scene, wall: str, opened: bool, rng: np.random.Generator) ->
         return f"{place} with {crack}"
     if order < 0.76:
         word = _pick(rng, ("on", "in", "on", "across"))
-        return f"{crack} {'on' if crack.endswith(word) else word} {place}"
+        return f"{crack} {'on' if crack.split()[-1] == word else word} {place}"
     if order < 0.88:
         return f"{place} showing {crack}"
     if order < 0.94:

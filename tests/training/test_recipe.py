@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from diffusers import LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from workers.training import crack_tiny, crack_tiny_hone, crack_tiny_settings, diffusion, loop
+from workers.training import crack_tiny, crack_tiny_hone, crack_tiny_settings, diffusion, loop, questions
 from workers.training.errors import UNFINISHED, TrainingError
 from workers.training.export import export_lora
 
@@ -109,6 +110,11 @@ def honed(model: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, was_made in (("wet", "wet 3.0, not 9.0"), ("crossed", "crossed 4, not 9")):
         assert crack_tiny_hone.main([*command, f"--{name}", "9"]) == 1
         assert f"was made with {was_made}: use another working folder" in capsys.readouterr().err
+    # Nor does a reader go on from other walls than it began with, be they as many.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(crack_tiny_hone, "bent", questions.crossed)
+        assert crack_tiny_hone.main(command) == 1
+    assert re.search(r"reader\.pt was made with walls to learn \w{12}, not \w{12}: use", capsys.readouterr().err)
     assert json.loads((work / "hone-settings.json").read_text("utf-8")) == told
     # The model itself is as it was.
     after = weights(model)
@@ -121,7 +127,11 @@ def honed(model: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
             UNet2DConditionModel.from_pretrained(model / "unet", torch_dtype=torch.float32), work / "half.safetensors"
         )
     assert crack_tiny_hone.main(["--model", str(work), "--work", str(work)]) == 1
-    assert "is not a crack-tiny to go on with" in capsys.readouterr().err
+    assert "is not a crack-tiny to go on with: it has no model_index.json" in capsys.readouterr().err
+    (model / "lcm-lora.safetensors").rename(model / "elsewhere.safetensors")
+    assert crack_tiny_hone.main(command) == 1
+    assert "is not a crack-tiny to go on with: it has no lcm-lora.safetensors" in capsys.readouterr().err
+    (model / "elsewhere.safetensors").rename(model / "lcm-lora.safetensors")
     for wrong in (
         ["--walks", "0"],
         ["--walks", "4", "51"],

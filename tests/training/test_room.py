@@ -70,6 +70,15 @@ def test_a_pool_without_room_ends_in_a_clear_error(tmp_path: Path, monkeypatch: 
     assert not list(tmp_path.iterdir())
 
 
+def test_walls_of_another_painter_are_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = pool.open_pool(tmp_path, 4, 64, seed=1)
+    assert np.array_equal(pool.open_pool(tmp_path, 4, 64, seed=1).pixels, before.pixels)
+    real = painter.paint
+    monkeypatch.setattr(pool, "paint", lambda scene, width, height, seed: real(scene, width, height, seed + 1))
+    with pytest.raises(TrainingError, match=r"pool-4-64-1\.npy was painted by another release: use another working"):
+        pool.open_pool(tmp_path, 4, 64, seed=1)
+
+
 def half_note(cache: Path) -> None:
     note = cache / "cache.json"
     note.write_bytes(note.read_bytes()[:20])

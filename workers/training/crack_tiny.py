@@ -215,6 +215,9 @@ class Recipe:
     def reader(self) -> sharpen.Reader:
         size = diffusion.Size()
         latents, kinds, known = self.seen()
+        plan = self.plan("reader", 6)
+        # Counts are among the settings; what was counted may be painted otherwise by another release.
+        plan.settings = {**plan.settings, "walls to learn": sharpen.content(latents, known)}
         torch.manual_seed(self.settings.seed + 6)
         reader = sharpen.Reader(size.latent, kinds)
         sharpen.learn_to_read(
@@ -223,7 +226,7 @@ class Recipe:
             known,
             diffusion.scheduler().alphas_cumprod,
             blur=sharpen.Sharpening().blur,
-            plan=self.plan("reader", 6),
+            plan=plan,
             checkpoint=self.work / "reader.pt",
             bf16=self.settings.bf16,
             say=self.say,

@@ -125,7 +125,7 @@ class Honing(crack_tiny.Recipe):
         for name, make, count in (("crossed", crossed, self.honing.crossed), ("bent", bent, self.honing.bent)):
             pool, more = make(self.pool(), count, np.random.default_rng((self.settings.seed, 9)))
             # By what they are, not by how many: another release may put together other ones.
-            path = self.work / f"{name}-{sha256(pool.pixels.tobytes()).hexdigest()[:12]}.npy"
+            path = self.work / f"{name}-{sha256(pool.pixels.data).hexdigest()[:12]}.npy"
             latents = np.concatenate((latents, diffusion.encode_pool(self.refine(), pool, path)))
             known = {question: np.concatenate((right, more[question])) for question, right in known.items()}
         return latents, kinds | {"direction": CROSSED + 1, "lean": len(LEANS)}, known
@@ -183,8 +183,8 @@ def hone(model: Path, work: Path, settings: Settings, out: Path, minutes: float 
     minutes are over first; what is in `work` then goes on.
     """
     check_finished(model, "to go on with")
-    if not (model / "model_index.json").is_file() or not (model / LCM).is_file():
-        raise TrainingError(f"{model} is not a crack-tiny to go on with: it has no model_index.json or no {LCM}")
+    if not (model / LCM).is_file():
+        raise TrainingError(f"{model} is not a crack-tiny to go on with: it has no {LCM}")
     often, walks = (settings.wet, settings.whole), settings.walks
     if (
         min(often) <= 0.0

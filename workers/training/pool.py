@@ -43,7 +43,8 @@ class Pool:
 def open_pool(folder: Path, count: int, side: int, seed: int) -> Pool:
     """The pool of `count` pictures in `folder`, painted now if it is not there yet.
 
-    Raises TrainingError for less than one picture, and when the disk has no room or fails.
+    Raises TrainingError for less than one picture, when the disk has no room or fails, and for a pool that another
+    release painted.
     """
     if count < 1:
         raise TrainingError(f"the pool needs at least one picture, not {count}")
@@ -56,14 +57,23 @@ def open_pool(folder: Path, count: int, side: int, seed: int) -> Pool:
         try:
             pixels = np.load(half, mmap_mode="r+")
             for i, scene in enumerate(scenes):
-                painted = paint(scene, side, side, seed * 10_000_019 + i)
-                pixels[i, :, :, :3] = painted.picture
-                pixels[i, :, :, 3] = painted.mask * np.uint8(255)
+                pixels[i] = _wall(scene, side, seed, i)
             pixels.flush()
             half.rename(path)
         except OSError as error:
             raise TrainingError(f"cannot write the pool {path}: {why(error)}") from error
-    return Pool(np.load(path, mmap_mode="r"), scenes)
+    pool = Pool(np.load(path, mmap_mode="r"), scenes)
+    # What was learned from these walls goes on only from the same ones; a few tell whether they are.
+    for i in {0, count // 2, count - 1}:
+        if not np.array_equal(pool.pixels[i], _wall(scenes[i], side, seed, i)):
+            raise TrainingError(f"{path} was painted by another release: use another working folder, or that release")
+    return pool
+
+
+def _wall(scene: Scene, side: int, seed: int, number: int) -> NDArray[np.uint8]:
+    """The wall of this number with its mask (side, side, 4)."""
+    painted = paint(scene, side, side, seed * 10_000_019 + number)
+    return np.dstack((painted.picture, painted.mask * np.uint8(255)))
 
 
 def _head(shape: tuple[int, ...]) -> bytes:
