@@ -12,8 +12,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
+
+import psutil
 
 from farm.training import VARIABLE, Training
 from tests.training import told
@@ -37,8 +40,10 @@ class Forks:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # And with it a trainer that does not end.
-        os.killpg(self._process.pid, signal.SIGKILL)
+        # And with it a trainer that does not end, in whatever group.
+        for each in psutil.Process(self._process.pid).children(recursive=True):
+            each.kill()
+        self._process.kill()
         self._process.communicate()
 
     def train(
@@ -47,14 +52,16 @@ class Forks:
         said: Path,
         *ranks: Mapping[str, str],
         signals: Mapping[int, list[int]] | None = None,
+        group: bool = False,
     ) -> list[int]:
         """How trainers that run at the same time end, one for each of `ranks`, the variables it gets beside options, or
         in place of these.
 
-        `said` gets what they print. `signals` come in the middle of a pass, counted from 1, and to the last of them.
+        `said` gets what they print. `signals` come in the middle of a pass, counted from 1, and to the last of them:
+        with `group` to all processes it has started too, as systemd and Slurm send them.
         """
         asked = [{VARIABLE: options.model_dump_json(), **each} for each in ranks or ({},)]
-        return self._ask("train", asked, said, signals or {})
+        return self._ask("train in a group" if group else "train", asked, said, signals or {})
 
     def launch(self, said: Path, **variables: str) -> int:
         """How the launcher of two processes ends, which are `tests.training.told` here."""
@@ -69,8 +76,10 @@ class Forks:
         return ended
 
 
-def _interrupted(make: Callable[..., Any], signals: Mapping[str, list[int]]) -> Callable[..., Any]:
-    """A maker of losses that sends this process signals."""
+def _interrupted(
+    make: Callable[..., Any], signals: Mapping[str, list[int]], send: Callable[[int], None]
+) -> Callable[..., Any]:
+    """A maker of losses that sends signals."""
     passes = 0
 
     def made(*given: Any) -> Callable[..., Any]:
@@ -80,7 +89,7 @@ def _interrupted(make: Callable[..., Any], signals: Mapping[str, list[int]]) -> 
             nonlocal passes
             passes += 1
             for number in signals.get(str(passes), ()):
-                signal.raise_signal(number)
+                send(number)
             return loss(*batch)
 
         return counted
@@ -88,11 +97,15 @@ def _interrupted(make: Callable[..., Any], signals: Mapping[str, list[int]]) -> 
     return made
 
 
-def _train(signals: Mapping[str, list[int]]) -> int:
+def _train(signals: Mapping[str, list[int]], *, group: bool) -> int:
     from workers.training import objectives, run
 
+    send: Callable[[int], None] = signal.raise_signal
+    if group:
+        os.setpgid(0, 0)
+        send = partial(os.killpg, 0)
     for name in ("distillation", "denoising"):
-        setattr(objectives, name, _interrupted(getattr(objectives, name), signals))
+        setattr(objectives, name, _interrupted(getattr(objectives, name), signals, send))
     return run.main()
 
 
@@ -109,7 +122,7 @@ def _fork(what: str, variables: Mapping[str, str], said: str, signals: Mapping[s
     for descriptor in (1, 2):
         os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), descriptor)
     os.environ.update(variables)
-    code = _launch() if what == "launch" else _train(signals)
+    code = _launch() if what == "launch" else _train(signals, group=what == "train in a group")
     sys.stdout.flush()
     os._exit(code)
 

@@ -56,6 +56,25 @@ def test_signals_end_it_with_its_work_kept(forks: Forks, bases: Folders, picture
     assert all(torch.equal(value, resumed[name]) for name, value in straight.items())
 
 
+def test_a_whole_group_that_is_told_to_end_keeps_its_work(
+    forks: Forks, bases: Folders, pictures: Path, tmp_path: Path
+) -> None:
+    """As systemd and Slurm do it: processes that read pictures hear of it too."""
+    options = StyleLora(
+        checkpoint=bases["sd"], data=str(pictures), out=tmp_path / "made", steps=4, save_every=4, loaders=2, **FEW
+    )
+    said = tmp_path / "said"
+    assert forks.train(options, said, signals={2: [TERM]}, group=True) == [130], said.read_text()
+    assert said.read_text().endswith("stopped at step 2 of 4; the same command goes on\n")
+    assert "Traceback" not in said.read_text()
+    assert loop.load(options.out / "checkpoint.pt")["step"] == 2
+    # Who reads ahead, and in how many processes, decides nothing.
+    assert forks.train(options.model_copy(update={"loaders": 0}), said) == [0], said.read_text()
+    run.train(options.model_copy(update={"loaders": 0, "out": tmp_path / "straight"}), say=hush)
+    straight, resumed = weights(tmp_path / "straight"), weights(options.out)
+    assert all(torch.equal(value, resumed[name]) for name, value in straight.items())
+
+
 @pytest.fixture
 def ranks(forks: Forks, tmp_path: Path) -> list[dict[str, str]]:
     """What the launcher tells each of two processes."""
@@ -83,8 +102,12 @@ def test_two_devices_learn_what_one_does_in_two_passes(
     assert loop.load(tmp_path / "two/checkpoint.pt")["step"] == 1
     assert forks.train(options, said, *meeting(ranks)) == [0, 0], said.read_text()
     assert said.read_text().count("step 2/2") == 1, "one process speaks"
+    straight = LcmLora(**given, devices=2, out=tmp_path / "straight")
+    assert forks.train(straight, said, *meeting(ranks)) == [0, 0], said.read_text()
     run.train(LcmLora(**given, accumulate=2, out=tmp_path / "one"), say=hush)
     two, one = weights(tmp_path / "two"), weights(tmp_path / "one")
+    unstopped = weights(straight.out)
+    assert all(torch.equal(value, unstopped[name]) for name, value in two.items()), "gone on with, as if never stopped"
     assert max(float(value.abs().max()) for name, value in one.items() if "lora_B" in name) > 0.005
     for name, value in one.items():
         assert torch.allclose(value, two[name], rtol=1e-4, atol=1e-6), name
