@@ -116,6 +116,8 @@ def honed(model: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert crack_tiny_hone.main(command) == 1
     assert re.search(r"reader\.pt was made with walls to learn \w{12}, not \w{12}: use", capsys.readouterr().err)
     assert json.loads((work / "hone-settings.json").read_text("utf-8")) == told
+    first, second = (next(work.glob(f"hone-*/{name}.pt")) for name in ("reader", "reader-2"))
+    assert (loop.load(first)["seed"], loop.load(second)["seed"]) == (7, 107), "two readers, not one twice"
     # The model itself is as it was.
     after = weights(model)
     assert all(torch.equal(value, after[name]) for name, value in before.items())
@@ -139,11 +141,10 @@ def honed(model: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ["--whole", "0"],
         ["--crossed", "0"],
         ["--bent", "0"],
+        ["--readers", "0"],
     ):
         assert crack_tiny_hone.main([*command, *wrong]) == 1
-        assert (
-            "walks are of 1 to 50 steps, one wall or more is crossed and bent, and wet walls" in capsys.readouterr().err
-        )
+        assert "walks are of 1 to 50 steps, there is one reader or more, one wall or more is" in capsys.readouterr().err
 
 
 def test_wet_walls_and_whole_ones_are_asked_for_more_often(tmp_path: Path) -> None:

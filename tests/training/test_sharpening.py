@@ -73,7 +73,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> sharpen.Reader:
 
 
 def sharpened(
-    path: Path, plan: Plan, reader: sharpen.Reader, told: Callable[[str], None] = hush, *, light: float = 1.0
+    path: Path, plan: Plan, *readers: sharpen.Reader, told: Callable[[str], None] = hush, light: float = 1.0
 ) -> UNet2DConditionModel:
     unet = student()
     sharpen.fit(
@@ -81,7 +81,7 @@ def sharpened(
         diffusion.scheduler(),
         trial,
         lambda rng: torch.zeros(()),
-        reader,
+        readers,
         shape=(4, 4, 4),
         recipe=sharpen.Sharpening(walks=(1, 2), weight=1.0, emphasis={"light": light}),
         plan=plan,
@@ -303,7 +303,7 @@ def test_the_adapter_learns_to_show_what_was_asked_for(tmp_path: Path, reader: s
         torch.manual_seed(8)
         return lost_to(reader, made_by(unet, bright), bright)
 
-    unet = sharpened(tmp_path / "sharpen.pt", Plan(100, 1e-2, seed=2, warmup=5), reader, lines.append)
+    unet = sharpened(tmp_path / "sharpen.pt", Plan(100, 1e-2, seed=2, warmup=5), reader, told=lines.append)
     fresh = student()
     assert lost(unet) < 0.5 * lost(fresh)
     # Not for the reader alone: what was asked to be bright is brighter than what was not.
@@ -327,7 +327,7 @@ def test_a_resumed_run_equals_one_that_never_stopped(tmp_path: Path, reader: sha
             raise Killed
 
     with pytest.raises(Killed):
-        sharpened(tmp_path / "resumed.pt", plan, reader, dies)
+        sharpened(tmp_path / "resumed.pt", plan, reader, told=dies)
     assert load(tmp_path / "resumed.pt")["step"] == 4
     resumed = sharpened(tmp_path / "resumed.pt", plan, reader)
     for name, value in straight.state_dict().items():
@@ -340,6 +340,26 @@ def test_a_question_counts_as_often_as_it_is_given_weight(tmp_path: Path, reader
         unet = sharpened(tmp_path / f"{light}.pt", Plan(2, 1e-3, seed=2, warmup=1), reader, light=light)
         ups = [weight for name, weight in unet.named_parameters() if ".lora_B." in name]
         assert any(bool(weight.any()) for weight in ups) is learns
+
+
+def test_several_readers_count_alike(tmp_path: Path, reader: sharpen.Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+    def quietly(reader: sharpen.Reader, latents: Tensor, *_: object) -> sharpen.Logits:
+        found: sharpen.Logits = reader(latents, torch.zeros(len(latents), 1))
+        return found
+
+    monkeypatch.setattr(sharpen, "read", quietly)
+    torch.manual_seed(1)
+    other = sharpen.Reader(4, {"light": 2}).requires_grad_(False).eval()
+
+    def lost(*readers: sharpen.Reader) -> float:
+        lines: list[str] = []
+        sharpened(tmp_path / "once.pt", Plan(1, 1e-3, seed=2), *readers, told=lines.append)
+        (tmp_path / "once.pt").unlink()
+        return float(lines[-1].split()[3])
+
+    one, two = lost(reader), lost(other)
+    assert abs(one - two) > 0.05
+    assert lost(reader, other) == pytest.approx((one + two) / 2, abs=2e-4)
 
 
 def test_answers_must_fit_the_latents(tmp_path: Path) -> None:

@@ -212,13 +212,15 @@ class Recipe:
         """What the reader should find, by what captions say."""
         return told
 
-    def reader(self) -> sharpen.Reader:
+    def reader(self, number: int = 0) -> sharpen.Reader:
+        """A reader of these walls; each number has a beginning and an order of its own."""
         size = diffusion.Size()
         latents, kinds, known = self.seen()
-        plan = self.plan("reader", 6)
+        offset = 6 + 100 * number
+        plan = self.plan("reader", offset)
         # Counts are among the settings; what was counted may be painted otherwise by another release.
         plan.settings = {**plan.settings, "walls to learn": sharpen.content(latents, known)}
-        torch.manual_seed(self.settings.seed + 6)
+        torch.manual_seed(self.settings.seed + offset)
         reader = sharpen.Reader(size.latent, kinds)
         sharpen.learn_to_read(
             reader,
@@ -227,11 +229,15 @@ class Recipe:
             diffusion.scheduler().alphas_cumprod,
             blur=sharpen.Sharpening().blur,
             plan=plan,
-            checkpoint=self.work / "reader.pt",
+            checkpoint=self.work / (f"reader-{number + 1}.pt" if number else "reader.pt"),
             bf16=self.settings.bf16,
             say=self.say,
         )
         return reader
+
+    def readers(self) -> list[sharpen.Reader]:
+        """Who says what the student's pictures show."""
+        return [self.reader()]
 
     def sharpening(self) -> sharpen.Sharpening:
         return sharpen.Sharpening(weight=self.settings.sharpen_weight)
@@ -261,7 +267,7 @@ class Recipe:
             distill.learning(
                 unet, diffusion.scheduler(), self.lessons(text), self.distillation(), bf16=self.settings.bf16
             ),
-            self.reader(),
+            self.readers(),
             shape=(size.latent, size.grid, size.grid),
             recipe=self.sharpening(),
             plan=self.plan("sharpen", 7),

@@ -52,6 +52,8 @@ class Settings:
     words_rate: float = 5e-3
     reader_steps: int = 3_000
     reader_rate: float = 1e-3
+    readers: int = 2
+    """So many, each of a seed of its own: an adapter learns to please one that is alone."""
     sharpen_steps: int = 600
     sharpen_rate: float = 2e-4
     sharpen_weight: float = 0.02
@@ -130,6 +132,9 @@ class Honing(crack_tiny.Recipe):
             known = {question: np.concatenate((right, more[question])) for question, right in known.items()}
         return latents, kinds | {"direction": CROSSED + 1, "lean": len(LEANS)}, known
 
+    def readers(self) -> list[sharpen.Reader]:
+        return [self.reader(number) for number in range(self.honing.readers)]
+
     def odds(self) -> NDArray[np.float64]:
         scenes = self.pool().scenes
         often = np.where([scene.water for scene in scenes], self.honing.wet, 1.0)
@@ -188,13 +193,13 @@ def hone(model: Path, work: Path, settings: Settings, out: Path, minutes: float 
     often, walks = (settings.wet, settings.whole), settings.walks
     if (
         min(often) <= 0.0
-        or min(settings.crossed, settings.bent) < 1
+        or min(settings.crossed, settings.bent, settings.readers) < 1
         or not all(1 <= steps <= 50 for steps in walks or (0,))
     ):
         raise TrainingError(
-            "walks are of 1 to 50 steps, one wall or more is crossed and bent, and wet walls and whole ones are asked "
-            f"for more than 0 times as often: {walks}, {settings.crossed}, {settings.bent} and {settings.wet:g}, "
-            f"{settings.whole:g} cannot be"
+            "walks are of 1 to 50 steps, there is one reader or more, one wall or more is crossed and bent, and wet "
+            f"walls and whole ones are asked for more than 0 times as often: {walks}, {settings.readers}, "
+            f"{settings.crossed}, {settings.bent} and {settings.wet:g}, {settings.whole:g} cannot be"
         )
     shared = {one.name for one in fields(crack_tiny_settings.Settings)} & {one.name for one in fields(Settings)}
     # Checkpoints know their seed, not the model they began with: each has a folder of its own.

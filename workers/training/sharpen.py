@@ -9,7 +9,7 @@ own steps, and what one of them ends in is read; the reader's error goes back in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -166,6 +166,10 @@ def misread(logits: Logits, answers: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return lost
 
 
+def _mean(found: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([each[name] for each in found]).mean(0) for name in found[0]}
+
+
 def content(latents: NDArray[np.float16], labels: Mapping[str, NDArray[np.int64]]) -> str:
     """Twelve letters that only these latents with these answers have."""
     found = sha256(latents.data)
@@ -245,7 +249,7 @@ def fit(
     schedule: DDIMScheduler,
     trial: Trial,
     anchor: Callable[[np.random.Generator], Tensor],
-    reader: Reader,
+    readers: Sequence[Reader],
     *,
     shape: tuple[int, ...],
     recipe: Sharpening,
@@ -256,16 +260,21 @@ def fit(
 ) -> None:
     """Train the adapter that `unet` carries, in place, and leave its averaged weights there.
 
-    `shape` (c, h, w) is that of one picture's latents. `anchor` is the loss the adapter was distilled with: it holds
+    `shape` (c, h, w) is that of one picture's latents. What several readers find counts alike: one alone is pleased in
+    the end with pictures in which others find something else (Coste et al. 2024, "Reward Model Ensembles Help Mitigate
+    Overoptimization"). `anchor` is the loss the adapter was distilled with: it holds
     what the reader does not ask for.
     """
     student = Student(unet, schedule, bf16=bf16)
     errors: dict[str, float] = {}
-    even = Even(reader.kinds, recipe.remembered)
+    even = Even(readers[0].kinds, recipe.remembered)
+
+    def found(latents: Tensor) -> list[Logits]:
+        return [read(reader, latents, student.alphas, recipe.blur) for reader in readers]
 
     @torch.no_grad()
     def read_quietly(latents: Tensor) -> Logits:
-        return read(reader, latents, student.alphas, recipe.blur)
+        return _mean(found(latents))
 
     def step(number: int, rng: np.random.Generator) -> Tensor:
         asked = trial(rng)
@@ -274,7 +283,7 @@ def fit(
         seen = student.walk(asked.told, torch.empty(len(asked.told), *shape), steps, stop, recipe.deep)
         before = read_quietly(seen[-2]) if stop >= recipe.deep else None
         right = even.settle(asked.answers, read_quietly(seen[0]), before)
-        lost = misread(read(reader, seen[-1], student.alphas, recipe.blur), right)
+        lost = _mean([misread(logits, right) for logits in found(seen[-1])])
         for name, error in lost.items():
             errors[name] = 0.98 * errors.get(name, float(error.detach())) + 0.02 * float(error.detach())
         if number % 100 == 99:
