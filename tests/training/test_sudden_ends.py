@@ -112,6 +112,12 @@ def test_only_what_is_not_chosen_yet_is_advised(tmp_path: Path) -> None:
     assert "Last checkpoint" not in advised()
 
 
+def test_a_workspace_without_room_is_memory_too(tmp_path: Path) -> None:
+    error = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+    said = str(run._said(error, StyleLora(checkpoint=tmp_path, data="painter", out=tmp_path)))
+    assert said.startswith(f"no memory is left ({error}): less is needed with --batch 2")
+
+
 def test_a_fault_of_the_program_keeps_its_traceback(
     program: Callable[[StyleLora], int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -234,6 +234,9 @@ def test_grey_may_be_transparent_have_twelve_bits_or_the_great_end_first() -> No
     packed = grey(np.array([[0xFF0F, 0x8000, 0]]), "TIFF", bits=12)
     assert packed.mode == "I;16"
     assert np.asarray(data.upright(packed))[0, :2, 0].tolist() == [16, 239]
+    # X-rays are often stored with white as 0.
+    film = grey(np.array([[0, 1000, 65535]]), "TIFF", tiffinfo={data.PHOTOMETRIC: 0})
+    assert np.asarray(data.upright(film))[0, :, 0].tolist() == [255, 251, 0]
     big = Image.frombytes("I;16B", (2, 1), b"\x80\x00\xff\xff")
     assert np.asarray(data.upright(big))[0, :, 0].tolist() == [128, 255]
 

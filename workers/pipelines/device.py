@@ -160,7 +160,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     text = str(error)
-    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
+    # The last one of cuBLAS and cuDNN, whose workspace found no room.
+    said = ("can't allocate memory", "out of memory", "_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(words in text for words in said)
 
 
 def is_fatal(error: BaseException) -> bool:

@@ -29,8 +29,8 @@ TURNS = {
 """What makes a picture upright, by EXIF's number for how the camera was held."""
 NO_WHITE = {"F": "32-bit fractions", "I": "32-bit whole numbers"}
 """Modes of grey pictures that say nowhere which number is white: Pillow would make everything from 255 on white."""
-BITS = 258
-"""TIFF's tag for the bits of a number."""
+BITS, PHOTOMETRIC = 258, 262
+"""TIFF's tags for the bits of a number, and for which end of them is white: 0 where the lowest is."""
 PAINTED = 10_000
 """Painted walls, unless `painter:COUNT` says otherwise."""
 
@@ -234,9 +234,13 @@ def _check_white(picture: Image.Image) -> None:
 def _eight_bits(picture: Image.Image) -> Image.Image:
     """A 16-bit grey picture as an 8-bit one; the number that a PNG names as transparent becomes white."""
     # TIFFs of scanners and X-rays may have 12.
-    white = 4095 if getattr(picture, "tag_v2", {}).get(BITS) == (12,) else 65535
+    tags = getattr(picture, "tag_v2", {})
+    white = 4095 if tags.get(BITS) == (12,) else 65535
     numbers = np.asarray(picture).astype(np.uint32)
     grey = ((numbers * 255 + white // 2) // white).clip(0, 255).astype(np.uint8)
+    # Of 8 bits Pillow turns them around itself.
+    if tags.get(PHOTOMETRIC) == 0:
+        grey = 255 - grey
     clear = picture.info.get("transparency")
     if clear is not None:
         grey[numbers == clear] = 255
