@@ -5,13 +5,23 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from workers.training import crack_tiny, crack_tiny_hone, crack_tiny_settings, diffusion, loop, questions
+from workers.training import (
+    crack_tiny,
+    crack_tiny_control,
+    crack_tiny_hone,
+    crack_tiny_settings,
+    crack_tiny_style,
+    diffusion,
+    loop,
+    questions,
+)
 from workers.training.errors import UNFINISHED, TrainingError
 from workers.training.export import export_lora
 
@@ -67,8 +77,9 @@ def test_every_stage_runs_stops_by_the_clock_and_goes_on(
     honed(out, tmp_path / "hone", capsys)
 
     # Once more: every stage is found finished.
-    monkeypatch.setattr(loop, "seed_step", lambda *_: pytest.fail("there was nothing left to do"))
-    assert crack_tiny.main(command) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "seed_step", lambda *_: pytest.fail("there was nothing left to do"))
+        assert crack_tiny.main(command) == 0
     again = weights(out)
     assert again.keys() == made.keys()
     assert all(torch.equal(value, again[name]) for name, value in made.items())
@@ -78,6 +89,13 @@ def test_every_stage_runs_stops_by_the_clock_and_goes_on(
     assert "was made with seed 5, not 6: use another working folder" in capsys.readouterr().err
     assert crack_tiny.main([*command, "--sharpen-rate", "0.5"]) == 1
     assert "sharpen.pt was made with sharpen_rate 0.0003, not 0.5: use another" in capsys.readouterr().err
+    # What comes after a stage that went on is not taken for its product.
+    assert crack_tiny.main([*command, "--base-steps", "2"]) == 1
+    assert loop.load(work / "base.pt")["step"] == 2
+    said = "distil.pt was made with base_steps 1, not 2: use another working folder, or delete this file to learn"
+    assert said in capsys.readouterr().err
+    assert crack_tiny.main(command) == 1
+    assert "base.pt has gone 2 steps, more than 1: use another working folder" in capsys.readouterr().err
 
 
 def honed(model: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,7 +125,11 @@ def honed(model: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pipe = StableDiffusionPipeline.from_pretrained(model)
     pipe.load_lora_weights(work, weight_name="lcm-lora.safetensors")
     # What it was not made with is not written beside it.
-    for name, was_made in (("wet", "wet 3.0, not 9.0"), ("crossed", "crossed 4, not 9")):
+    for name, was_made in (
+        ("wet", "wet 3.0, not 9.0"),
+        ("crossed", "crossed 4, not 9"),
+        ("reader-steps", "reader_steps 1, not 9"),
+    ):
         assert crack_tiny_hone.main([*command, f"--{name}", "9"]) == 1
         assert f"was made with {was_made}: use another working folder" in capsys.readouterr().err
     # Nor does a reader go on from other walls than it began with, be they as many.
@@ -134,17 +156,61 @@ def honed(model: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert crack_tiny_hone.main(command) == 1
     assert "is not a crack-tiny to go on with: it has no lcm-lora.safetensors" in capsys.readouterr().err
     (model / "elsewhere.safetensors").rename(model / "lcm-lora.safetensors")
-    for wrong in (
-        ["--walks", "0"],
-        ["--walks", "4", "51"],
-        ["--wet", "0"],
-        ["--whole", "0"],
-        ["--crossed", "0"],
-        ["--bent", "0"],
-        ["--readers", "0"],
-    ):
-        assert crack_tiny_hone.main([*command, *wrong]) == 1
-        assert "walks are of 1 to 50 steps, there is one reader or more, one wall or more is" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("program", [crack_tiny, crack_tiny_hone, crack_tiny_style, crack_tiny_control])
+def test_numbers_that_cannot_be_are_refused_before_work_begins(
+    program: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = WRONG["every trainer"] | WRONG[program.__name__.rpartition(".")[2]]
+    where = ["--work", str(tmp_path / "work")] + ([] if program is crack_tiny else ["--model", str(tmp_path)])
+    for told, said in wrong.items():
+        assert program.main([*where, *told.split()]) == 1, told
+        error = capsys.readouterr().err
+        assert error.startswith("training stopped: ")
+        assert error.endswith(f"{said}\n"), told
+        assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+WRONG = {
+    "every trainer": {"--threads 0": "--threads 0: should be greater than or equal to 1"},
+    "crack_tiny": {
+        "--base-batch 0": "--base-batch 0: should be greater than or equal to 1",
+        "--base-steps -1": "--base-steps -1: should be greater than or equal to 1",
+        "--base-rate nan --seed -1": "--seed -1: should be greater than or equal to 0; --base-rate nan: "
+        "should be a finite number",
+        "--distil-rank 0": "--distil-rank 0: should be greater than or equal to 1",
+        "--distil-skip 50": "--distil-skip 50: should be less than or equal to 49",
+        "--distil-low 5 --distil-high 1": "--distil-low 5 is over --distil-high 1",
+        "--decoder-share 7": "--decoder-share 7.0: should be less than or equal to 1",
+        "--pool 0": "--pool 0: should be greater than or equal to 1",
+    },
+    "crack_tiny_hone": {
+        "--walks 0": "--walks 0: should be greater than or equal to 1",
+        "--walks 4 51": "--walks 51: should be less than or equal to 50",
+        "--wet 0": "--wet 0.0: should be greater than 0",
+        "--whole nan": "--whole nan: should be a finite number",
+        "--crossed 0": "--crossed 0: should be greater than or equal to 1",
+        "--bent 0": "--bent 0: should be greater than or equal to 1",
+        "--readers 0": "--readers 0: should be greater than or equal to 1",
+        "--reader-steps 0": "--reader-steps 0: should be greater than or equal to 1",
+        "--deep 0": "--deep 0: should be greater than or equal to 1",
+        "--remembered 0": "--remembered 0: should be greater than or equal to 2",
+        "--direction -3": "--direction -3.0: should be greater than or equal to 0",
+        "--sharpen-weight 0": "--sharpen-weight 0.0: should be greater than 0",
+    },
+    "crack_tiny_style": {
+        "--steps 0": "--steps 0: should be greater than or equal to 1",
+        "--pictures 0": "--pictures 0: should be greater than or equal to 1",
+        "--rate nan": "--rate nan: should be a finite number",
+    },
+    "crack_tiny_control": {
+        "--steps 0": "--steps 0: should be greater than or equal to 1",
+        "--batch 0": "--batch 0: should be greater than or equal to 1",
+        "--rate inf": "--rate inf: should be a finite number",
+    },
+}
 
 
 def test_wet_walls_and_whole_ones_are_asked_for_more_often(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_the_command_writes_an_adapter(
     assert all(key.startswith("lora_unet_") for key in load_file(out))
     assert (tmp_path / "style-settings.json").exists()
     assert crack_tiny_style.main([*given, "--pictures", "0"]) == 1
-    assert "at least one picture" in capsys.readouterr().err
+    assert "--pictures 0: should be greater than or equal to 1" in capsys.readouterr().err
 
 
 def test_no_model_is_refused(tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def fit(
 
     model.train()
     train(step, {"model": model}, plan, checkpoint, averages={"model": average}, say=say)
-    model.load_state_dict(average.values)
+    average.settle()
     model.eval()
     whiten(model, _sample_latents(model, pool, plan.seed))
     return model
@@ -162,7 +162,7 @@ def refine(
 
     model.train()
     train(step, {"model": model}, plan, checkpoint, averages={"model": average}, say=say)
-    model.load_state_dict(average.values)
+    average.settle()
     model.eval()
     whiten(model, _sample_latents(model, pool, plan.seed))
 

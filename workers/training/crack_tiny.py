@@ -26,6 +26,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from farm.painter import caption, sample_scene
 from workers.training import autoencoder, diffusion, distill, sharpen, tokens
+from workers.training.arguments import checked, flag, use_threads
 from workers.training.crack_tiny_settings import QUICK, Settings
 from workers.training.disk import beside
 from workers.training.errors import exit_status
@@ -212,32 +213,36 @@ class Recipe:
         """What the reader should find, by what captions say."""
         return told
 
-    def reader(self, number: int = 0) -> sharpen.Reader:
-        """A reader of these walls; each number has a beginning and an order of its own."""
-        size = diffusion.Size()
+    def reader(self) -> list[sharpen.Reader]:
+        """Who says what the student's pictures show: several readers of the same walls."""
         latents, kinds, known = self.seen()
-        offset = 6 + 100 * number
-        plan = self.plan("reader", offset)
-        # Counts are among the settings; what was counted may be painted otherwise by another release.
-        plan.settings = {**plan.settings, "walls to learn": sharpen.content(latents, known)}
-        torch.manual_seed(self.settings.seed + offset)
-        reader = sharpen.Reader(size.latent, kinds)
-        sharpen.learn_to_read(
-            reader,
-            latents,
-            known,
-            diffusion.scheduler().alphas_cumprod,
-            blur=sharpen.Sharpening().blur,
-            plan=plan,
-            checkpoint=self.work / (f"reader-{number + 1}.pt" if number else "reader.pt"),
-            bf16=self.settings.bf16,
-            say=self.say,
-        )
-        return reader
+        walls = sharpen.content(latents, known)
+        size, readers = diffusion.Size(), list[sharpen.Reader]()
+        for number in range(self.panel()):
+            # Each has a beginning and an order of its own.
+            offset = 6 + 100 * number
+            plan = self.plan("reader", offset)
+            # Counts are among the settings; what was counted may be painted otherwise by another release.
+            plan.settings = {**plan.settings, "walls to learn": walls}
+            torch.manual_seed(plan.seed)
+            reader = sharpen.Reader(size.latent, kinds)
+            sharpen.learn_to_read(
+                reader,
+                latents,
+                known,
+                diffusion.scheduler().alphas_cumprod,
+                blur=sharpen.Sharpening().blur,
+                plan=plan,
+                checkpoint=self.work / (f"reader-{number + 1}.pt" if number else "reader.pt"),
+                bf16=self.settings.bf16,
+                say=self.say,
+            )
+            readers.append(reader)
+        return readers
 
-    def readers(self) -> list[sharpen.Reader]:
-        """Who says what the student's pictures show."""
-        return [self.reader()]
+    def panel(self) -> int:
+        """How many readers there are."""
+        return 1
 
     def sharpening(self) -> sharpen.Sharpening:
         return sharpen.Sharpening(weight=self.settings.sharpen_weight)
@@ -267,7 +272,7 @@ class Recipe:
             distill.learning(
                 unet, diffusion.scheduler(), self.lessons(text), self.distillation(), bf16=self.settings.bf16
             ),
-            self.readers(),
+            self.reader(),
             shape=(size.latent, size.grid, size.grid),
             recipe=self.sharpening(),
             plan=self.plan("sharpen", 7),
@@ -339,18 +344,18 @@ def main(arguments: list[str] | None = None) -> int:
     default = Settings()
     for name, value in asdict(default).items():
         if name != "bf16":
-            parser.add_argument(f"--{name.replace('_', '-')}", type=type(value))
+            parser.add_argument(flag(name), type=type(value))
     parser.add_argument("--compile", action="store_true", help="compile the base's UNet: needs a C++ compiler")
     parser.add_argument("--float32", action="store_true", help="no bfloat16 autocast")
     given = vars(parser.parse_args(arguments))
     start = asdict(QUICK if given["quick"] else default)
     chosen = {k: given[k] for k in start if given.get(k) is not None}
-    torch.set_num_threads(given["threads"])
-    settings = Settings(**{**start, **chosen, "bf16": not given["float32"]})
-    recipe = Recipe(given["work"], settings, given["minutes"], given["compile"], partial(print, flush=True))
     out = given["out"] or given["work"] / "crack-tiny"
 
     def work() -> str:
+        use_threads(given["threads"])
+        settings = checked(Settings, {**start, **chosen, "bf16": not given["float32"]})
+        recipe = Recipe(given["work"], settings, given["minutes"], given["compile"], partial(print, flush=True))
         if given["stage"] != "export":
             getattr(recipe, given["stage"])()
             return f"{given['work']}: {given['stage']} is done"

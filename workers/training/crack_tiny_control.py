@@ -12,18 +12,22 @@ import argparse
 import json
 import math
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from diffusers import ControlNetModel
 from diffusers.models.attention_processor import AttnProcessor
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from farm.training import Positive, Seed, Share, Whole
 from workers.training import diffusion
+from workers.training.arguments import STRICT, checked, use_threads
 from workers.training.disk import beside
 from workers.training.errors import TrainingError, exit_status
 from workers.training.finished import mark, open_finished
@@ -38,18 +42,18 @@ LARGEST = 20_000_000
 """Bytes that the exported weights may have: the model is made to be shipped."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, config=STRICT)
 class Settings:
     """Everything that fixes the result, apart from the model, library versions and the processor."""
 
-    seed: int = 41
-    pictures: int = 2_000
-    steps: int = 400
-    rate: float = 4e-4
-    batch: int = 16
-    drop: float = 0.3
+    seed: Seed = 41
+    pictures: Whole = 2_000
+    steps: Whole = 400
+    rate: Positive = 4e-4
+    batch: Whole = 16
+    drop: Share = 0.3
     """Share of captions left out, so that the mask alone says where a crack runs."""
-    cracks: float = 4.0
+    cracks: Annotated[float, Field(ge=0)] = 4.0
     """How much more a place with a crack counts than the wall."""
     bf16: bool = True
 
@@ -96,7 +100,8 @@ def fit(folder: Path, work: Path, settings: Settings, *, minutes: float = math.i
     Raises TrainingError when the folder is no model or a checkpoint cannot be written.
     """
     model = open_finished(folder, "to control")
-    mine = mark(folder, settings.seed, settings.pictures)
+    # More steps may follow: a longer run goes on from a shorter one.
+    mine = mark(folder, *(value for name, value in asdict(settings).items() if name != "steps"))
     unet, schedule = model.unet, model.schedule
     torch.manual_seed(settings.seed)
     net = controlnet_for(unet, len(model.vae.config.block_out_channels) - 1)
@@ -184,11 +189,12 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     given = parser.parse_args(arguments)
-    torch.set_num_threads(given.threads)
-    settings = Settings(pictures=given.pictures, steps=given.steps, rate=given.rate, batch=given.batch)
     out = given.out or given.work / f"control-{NAME}"
 
     def work() -> str:
+        use_threads(given.threads)
+        chosen = {name: getattr(given, name) for name in ("pictures", "steps", "rate", "batch")}
+        settings = checked(Settings, chosen)
         net = fit(given.model, given.work, settings, minutes=given.minutes, say=partial(print, flush=True))
         size = export(out, net)
         (given.work / "control-settings.json").write_text(json.dumps(asdict(settings), indent=2) + "\n", "utf-8")

@@ -2,11 +2,11 @@
 
     python -m workers.training.crack_tiny_hone --model FOLDER --work DIR [--out FILE]
 
-Everything else stays as it is in FOLDER. A reader learns anew, on walls encoded with the folder's own autoencoder, and
+Everything else stays as it is in FOLDER. Readers learn anew, on walls encoded with the folder's own autoencoder, and
 the last stage of `workers.training.crack_tiny` goes on from the folder's own adapter, with the direction of a crack
-counting more. What such adapters draw wrong is shown to the reader as wrong: walls with cracks that run two ways, and
+counting more. What such adapters draw wrong is shown to the readers as wrong: walls with cracks that run two ways, and
 diagonals that neither rise nor fall as a whole. Wet walls, where most of that happens, are asked for more often. Goes
-on after a stop.
+on after a stop; called again with what it made in the folder, it goes on with that.
 """
 
 from __future__ import annotations
@@ -20,19 +20,23 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self
 
 import numpy as np
+import pydantic.dataclasses
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.utils import convert_unet_state_dict_to_peft
 from numpy.typing import NDArray
 from peft import set_peft_model_state_dict
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from farm.training import Positive, Seed, Whole
 from workers.training import crack_tiny, crack_tiny_settings, diffusion, distill, sharpen
+from workers.training.arguments import STRICT, checked, flag, use_threads
 from workers.training.errors import TrainingError, exit_status
 from workers.training.export import export_lora
 from workers.training.finished import check_finished, mark
@@ -40,41 +44,48 @@ from workers.training.loop import Plan
 from workers.training.questions import CROSSED, DIAGONAL, LEANS, MEANINGS, bent, crossed, lean
 
 LCM = "lcm-lora.safetensors"
+Weight = Annotated[float, Field(ge=0)]
 
 
-@dataclass(frozen=True, slots=True)
+@pydantic.dataclasses.dataclass(frozen=True, slots=True, config=STRICT)
 class Settings:
     """Everything that fixes the result, apart from the model, library versions and the processor."""
 
-    seed: int = 1
-    pool: int = 12_000
-    words_steps: int = 800
-    words_rate: float = 5e-3
-    reader_steps: int = 3_000
-    reader_rate: float = 1e-3
-    readers: int = 2
+    seed: Seed = 1
+    pool: Whole = 12_000
+    words_steps: Whole = 800
+    words_rate: Positive = 5e-3
+    reader_steps: Whole = 3_000
+    reader_rate: Positive = 1e-3
+    readers: Whole = 2
     """So many, each of a seed of its own: an adapter learns to please one that is alone."""
-    sharpen_steps: int = 600
-    sharpen_rate: float = 2e-4
-    sharpen_weight: float = 0.02
-    direction: float = 3.0
-    lean: float = 3.0
-    wall: float = 2.0
+    sharpen_steps: Whole = 600
+    sharpen_rate: Positive = 2e-4
+    sharpen_weight: Positive = 0.02
+    direction: Weight = 3.0
+    lean: Weight = 3.0
+    wall: Weight = 2.0
     """How often these questions count."""
-    crossed: int = 4_000
-    bent: int = 2_000
+    crossed: Whole = 4_000
+    bent: Whole = 2_000
     """Walls with cracks put together from two, and with halves of two diagonal ones, of which the reader learns what
     running two ways looks like."""
-    wet: float = 3.0
-    whole: float = 3.0
+    wet: Positive = 3.0
+    whole: Positive = 3.0
     """How many times as often as others wet walls are asked for, and walls without cracks."""
-    walks: tuple[int, ...] = (1, 4, 8, 8, 8)
+    walks: tuple[Annotated[int, Field(ge=1, le=50)], ...] = (1, 4, 8, 8, 8)
     """Numbers of steps the student walks, one drawn each time."""
-    deep: int = 2
+    deep: Whole = 2
     """How many of the steps walked last answer for what the reader finds."""
-    remembered: int = 64
+    remembered: Annotated[int, Field(ge=2)] = 64
     """Among so many pictures of diagonal cracks enough have to rise and enough to fall."""
     bf16: bool = True
+
+    @model_validator(mode="after")
+    def _some(self) -> Self:
+        if not self.walks:
+            raise ValueError("--walks needs a number of steps")
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +143,8 @@ class Honing(crack_tiny.Recipe):
             known = {question: np.concatenate((right, more[question])) for question, right in known.items()}
         return latents, kinds | {"direction": CROSSED + 1, "lean": len(LEANS)}, known
 
-    def readers(self) -> list[sharpen.Reader]:
-        return [self.reader(number) for number in range(self.honing.readers)]
+    def panel(self) -> int:
+        return self.honing.readers
 
     def odds(self) -> NDArray[np.float64]:
         scenes = self.pool().scenes
@@ -190,17 +201,6 @@ def hone(model: Path, work: Path, settings: Settings, out: Path, minutes: float 
     check_finished(model, "to go on with")
     if not (model / LCM).is_file():
         raise TrainingError(f"{model} is not a crack-tiny to go on with: it has no {LCM}")
-    often, walks = (settings.wet, settings.whole), settings.walks
-    if (
-        min(often) <= 0.0
-        or min(settings.crossed, settings.bent, settings.readers) < 1
-        or not all(1 <= steps <= 50 for steps in walks or (0,))
-    ):
-        raise TrainingError(
-            "walks are of 1 to 50 steps, there is one reader or more, one wall or more is crossed and bent, and wet "
-            f"walls and whole ones are asked for more than 0 times as often: {walks}, {settings.readers}, "
-            f"{settings.crossed}, {settings.bent} and {settings.wet:g}, {settings.whole:g} cannot be"
-        )
     shared = {one.name for one in fields(crack_tiny_settings.Settings)} & {one.name for one in fields(Settings)}
     # Checkpoints know their seed, not the model they began with: each has a folder of its own.
     own = work / f"hone-{mark(model, beside=[LCM])}"
@@ -220,16 +220,12 @@ def options(settings: Mapping[str, Any]) -> list[str]:
             list(map(str, one if isinstance(one, list | tuple) else [one])) for one in (value, usual[name])
         )
         if words != unsaid and name != "bf16":
-            told += [_flag(name), *words]
+            told += [flag(name), *words]
     return told
 
 
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
 def parsed(arguments: list[str] | None) -> tuple[Settings, argparse.Namespace]:
-    """The settings of a command line, and the rest of it."""
+    """The settings of a command line, and the rest of it. Raises TrainingError for settings that cannot be."""
     parser = argparse.ArgumentParser(prog="python -m workers.training.crack_tiny_hone")
     parser.add_argument("--model", type=Path, required=True, help=f"folder of the finished model, with its {LCM}")
     parser.add_argument("--work", type=Path, required=True, help="folder for data and checkpoints")
@@ -239,21 +235,21 @@ def parsed(arguments: list[str] | None) -> tuple[Settings, argparse.Namespace]:
     usual = asdict(Settings())
     for name, value in usual.items():
         if isinstance(value, tuple):
-            parser.add_argument(_flag(name), type=int, nargs="+", default=value)
+            parser.add_argument(flag(name), type=int, nargs="+", default=value)
         elif name != "bf16":
-            parser.add_argument(_flag(name), type=type(value), default=value)
+            parser.add_argument(flag(name), type=type(value), default=value)
     given = parser.parse_args(arguments)
     given.walks = tuple(given.walks)
-    return Settings(**{name: getattr(given, name, value) for name, value in usual.items()}), given
+    return checked(Settings, {name: getattr(given, name, value) for name, value in usual.items()}), given
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Hone and write the adapter; 1 and a reason when it cannot, 3 when its time is over."""
-    settings, given = parsed(arguments)
-    torch.set_num_threads(given.threads)
-    out = given.out or given.work / LCM
 
     def work() -> str:
+        settings, given = parsed(arguments)
+        use_threads(given.threads)
+        out = given.out or given.work / LCM
         hone(given.model, given.work, settings, out, given.minutes)
         return f"{out}: {out.stat().st_size / 1e6:.1f} MB"
 

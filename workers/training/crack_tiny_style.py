@@ -12,7 +12,7 @@ import argparse
 import json
 import math
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -20,12 +20,15 @@ import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
 from numpy.typing import NDArray
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from farm.painter import Scene, sample_scene
 from farm.painter.night import night_caption, paint_night
+from farm.training import Positive, Rank, Seed, Share, Whole
 from workers.training import diffusion, distill
-from workers.training.errors import TrainingError, exit_status
+from workers.training.arguments import STRICT, checked, use_threads
+from workers.training.errors import exit_status
 from workers.training.export import export_lora
 from workers.training.finished import mark, open_finished
 from workers.training.loop import Plan, Say, train
@@ -35,17 +38,17 @@ NAME = "night"
 SIDE = 128
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, config=STRICT)
 class Settings:
     """Everything that fixes the result, apart from the model, library versions and the processor."""
 
-    seed: int = 31
-    pictures: int = 1_500
-    steps: int = 1_000
-    rate: float = 8e-4
-    batch: int = 16
-    rank: int = 8
-    drop: float = 0.1
+    seed: Seed = 31
+    pictures: Whole = 1_500
+    steps: Whole = 1_000
+    rate: Positive = 8e-4
+    batch: Whole = 16
+    rank: Rank = 8
+    drop: Share = 0.1
     bf16: bool = True
 
 
@@ -73,8 +76,6 @@ def fit(
 
     Raises TrainingError when the folder is no model or a checkpoint cannot be written.
     """
-    if settings.pictures < 1:
-        raise TrainingError(f"a style needs at least one picture, not {settings.pictures}")
     model = open_finished(folder, "to learn a style on")
     # More steps may follow: a longer run goes on from a shorter one.
     mine = mark(folder, *(value for name, value in asdict(settings).items() if name != "steps"))
@@ -118,11 +119,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     given = parser.parse_args(arguments)
-    torch.set_num_threads(given.threads)
-    settings = Settings(pictures=given.pictures, steps=given.steps, rate=given.rate)
     out = given.out or given.model / f"style-{NAME}.safetensors"
 
     def work() -> str:
+        use_threads(given.threads)
+        settings = checked(Settings, {"pictures": given.pictures, "steps": given.steps, "rate": given.rate})
         unet = fit(given.model, given.work, settings, minutes=given.minutes, say=partial(print, flush=True))
         notes = {"modelspec.title": f"crack-tiny {NAME}", "modelspec.license": "Apache-2.0"}
         export_lora(out, unet, notes)

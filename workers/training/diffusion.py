@@ -281,6 +281,6 @@ def fit(
 
     unet.train()
     train(step, {"unet": unet}, plan, checkpoint, averages=averages, say=say)
-    unet.load_state_dict(averages["unet"].values)
+    averages["unet"].settle()
     unet.eval()
     return unet

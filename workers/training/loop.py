@@ -65,24 +65,25 @@ class Kept(Protocol):
 
 @dataclass(slots=True)
 class Average:
-    """Exponential moving average of a module's weights: what is shipped is smoother than a step."""
+    """Exponential moving average of the weights that a module learns: what is shipped is smoother than a step."""
 
     module: nn.Module
     decay: float = 0.999
     values: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.values = {k: v.detach().clone() for k, v in self.module.state_dict().items()}
+        self.values = {name: value.clone() for name, value in _trained(self.module).items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         # A short memory at first, or the random start would linger in the average.
         keep = min(self.decay, (step + 1) / (step + 10))
-        for name, value in self.module.state_dict().items():
-            if value.dtype.is_floating_point:
-                self.values[name].lerp_(value, 1.0 - keep)
-            else:
-                self.values[name].copy_(value)
+        for name, value in _trained(self.module).items():
+            self.values[name].lerp_(value, 1.0 - keep)
+
+    def settle(self) -> None:
+        """Leave the average in the module."""
+        self.module.load_state_dict(self.values, strict=False)
 
 
 def seed_step(seed: int, step: int) -> np.random.Generator:
@@ -205,7 +206,12 @@ def _resume(
     was = {"seed": state.get("seed", plan.seed), **state.get("settings", {})}
     for name, mine in {"seed": plan.seed, **plan.settings}.items():
         if (other := was.get(name, mine)) != mine:
-            raise TrainingError(f"{checkpoint} was made with {name} {other}, not {mine}: use another working folder")
+            raise TrainingError(
+                f"{checkpoint} was made with {name} {other}, not {mine}: "
+                "use another working folder, or delete this file to learn that stage anew"
+            )
+    if (done := int(state["step"])) > plan.steps:
+        raise TrainingError(f"{checkpoint} has gone {done} steps, more than {plan.steps}: use another working folder")
     try:
         for name, module in modules.items():
             own = _trained(module)
@@ -217,4 +223,4 @@ def _resume(
         optimizer.load_state_dict(state["optimizer"])
     except (KeyError, RuntimeError, ValueError) as error:
         raise TrainingError(f"{checkpoint} does not fit this model: {error}") from error
-    return int(state["step"])
+    return done

@@ -207,7 +207,7 @@ def learn_to_read(
     average = Average(reader)
     reader.train()
     train(step, {"reader": reader}, plan, checkpoint, averages={"reader": average}, say=say)
-    reader.load_state_dict(average.values)
+    average.settle()
     reader.requires_grad_(False).eval()
 
 
@@ -297,5 +297,5 @@ def fit(
     average = Average(unet)
     unet.train()
     train(step, {"unet": unet}, plan, checkpoint, averages={"unet": average, "even": even}, say=say)
-    unet.load_state_dict(average.values)
+    average.settle()
     unet.eval()
