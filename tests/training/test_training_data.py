@@ -122,12 +122,33 @@ def missing_column(folder: Path) -> None:
 
 
 def half_json(folder: Path) -> None:
-    (folder / "metadata.jsonl").write_text('{"file_name": ')
+    (folder / "metadata.jsonl").write_text('\n{"file_name": ')
 
 
 def number_caption(folder: Path) -> None:
     picture().save(folder / "a.png")
     jsonl(folder, [{"file_name": "a.png", "text": 7}])
+
+
+def half_a_character(folder: Path) -> None:
+    picture().save(folder / "a.png")
+    jsonl(folder, [{"file_name": "a.png", "text": ["a wall", "\ud800 wall"]}])
+
+
+def half_a_character_in_tar(folder: Path) -> None:
+    shard(folder / "x.tar", {"0.png": png(), "0.json": b'{"text": "wall \\udfff"}'})
+
+
+def deep(folder: Path) -> None:
+    (folder / "metadata.jsonl").write_text('\n{"file_name": ' + "[" * 100_000)
+
+
+def deep_in_tar(folder: Path) -> None:
+    shard(folder / "x.tar", {"0.png": png(), "0.json": b"[" * 100_000})
+
+
+def long_number(folder: Path) -> None:
+    (folder / "metadata.jsonl").write_text('{"size": ' + "9" * 5000 + "}")
 
 
 def packed(folder: Path) -> None:
@@ -151,7 +172,12 @@ def no_caption_in_tar(folder: Path) -> None:
         (broken, r"1 files cannot be read as pictures: .*bad\.jpg"),
         (missing_file, r"metadata\.jsonl, line 1: .*gone\.png is not there"),
         (missing_column, r"line 1: no column 'text'; its columns are file_name, caption \(--caption-column\)"),
-        (half_json, r"metadata\.jsonl cannot be read"),
+        (half_json, r"metadata\.jsonl, line 2 cannot be read: Expecting value at character 15$"),
+        (half_a_character, r"jsonl, line 1: caption '\\ud800 wall' holds half a character, the surrogate '\\ud800'$"),
+        (half_a_character_in_tar, r"x\.tar:0\.json: caption 'wall \\udfff' holds half a character, the surrogate"),
+        (deep, r"metadata\.jsonl, line 2 cannot be read: nested too deeply$"),
+        (deep_in_tar, r"x\.tar:0\.json cannot be read: nested too deeply$"),
+        (long_number, r"metadata\.jsonl, line 1 cannot be read: Exceeds the limit"),
         (number_caption, r"line 1: a caption is text or a list of texts, not 7"),
         (packed, r"x\.tar\.gz: shards are plain \.tar files"),
         (half_tar, r"x\.tar cannot be read as a tar file"),

@@ -46,7 +46,27 @@ def captions_of(value: Any, where: str) -> Captions:
     several = value if isinstance(value, list) else [value]
     if not all(each is None or isinstance(each, str) for each in several):
         raise TrainingError(f"{where}: a caption is text or a list of texts, not {value!r}")
+    for each in filter(None, several):
+        # JSON can say it and no tokenizer takes it, which would come out when the picture's turn does.
+        try:
+            each.encode()
+        except UnicodeEncodeError as error:
+            half = each[error.start]
+            raise TrainingError(f"{where}: caption {each!r} holds half a character, the surrogate {half!r}") from error
     return tuple(each or "" for each in several)
+
+
+def from_json(text: str | bytes, where: str) -> Any:
+    """The value that a JSON text stands for. Raises TrainingError when it cannot be read."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        # Its own line number counts from `text`, which may be a line of a file.
+        raise TrainingError(f"{where} cannot be read: {error.msg} at character {error.pos + 1}") from error
+    except ValueError as error:
+        raise TrainingError(f"{where} cannot be read: {error}") from error
+    except RecursionError as error:
+        raise TrainingError(f"{where} cannot be read: nested too deeply") from error
 
 
 def _beside(picture: Path) -> Captions:
@@ -71,11 +91,12 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         with path.open(encoding="utf-8") as file:
             for line, text in enumerate(file, 1):
                 if text.strip():
-                    row = json.loads(text)
+                    where = f"{path}, line {line}"
+                    row = from_json(text, where)
                     if not isinstance(row, dict):
-                        raise TrainingError(f"{path}, line {line}: not a JSON object")
+                        raise TrainingError(f"{where}: not a JSON object")
                     yield line, row
-    except (json.JSONDecodeError, csv.Error, UnicodeDecodeError) as error:
+    except (csv.Error, UnicodeDecodeError) as error:
         raise TrainingError(f"{path} cannot be read: {error}") from error
     except OSError as error:
         raise TrainingError(f"{path} cannot be read: {why(error)}") from error

@@ -7,14 +7,13 @@ reading everything before it.
 from __future__ import annotations
 
 import glob
-import json
 import re
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from workers.training.errors import TrainingError, why
-from workers.training.folders import ENDINGS, Captions, captions_of
+from workers.training.folders import ENDINGS, Captions, captions_of, from_json
 
 LONGEST = 1 << 20
 """Bytes of a caption member."""
@@ -109,10 +108,10 @@ def _caption(tar: tarfile.TarFile, member: tarfile.TarInfo, column: str, where: 
         raise TrainingError(f"{where}: {member.size} bytes are no caption")
     file = tar.extractfile(member)
     raw = file.read() if file else b""
-    try:
-        if member.name.endswith(".txt"):
+    if member.name.endswith(".txt"):
+        try:
             return (raw.decode().strip(),)
-        row = json.loads(raw)
-    except ValueError as error:
-        raise TrainingError(f"{where} cannot be read: {error}") from error
+        except UnicodeDecodeError as error:
+            raise TrainingError(f"{where} cannot be read: {error}") from error
+    row = from_json(raw, where)
     return captions_of(row[column], where) if isinstance(row, dict) and column in row else ()
