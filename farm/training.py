@@ -16,6 +16,8 @@ Rank = Annotated[int, Field(ge=1, le=512)]
 
 SCHEDULE = 1000
 """Timesteps of noise that Stable Diffusion 1.x, 2.x and SDXL know."""
+LCM_SCHEDULE = 50
+"""Timesteps that diffusers' LCMScheduler chooses its steps from, unless a checkpoint says otherwise."""
 VARIABLE = "FARM_TRAINING"
 """Where the trainers find their options, as JSON."""
 FREE = frozenset(
@@ -105,7 +107,10 @@ class Training(BaseModel):
     )
     sample_prompt: tuple[str, ...] = Field(default=(), description="A prompt of the contact sheets; repeatable.")
     sample_seed: Seed = Field(default=0, description="Seed of the first prompt.")
-    sample_steps: Whole = Field(default=25, description="Denoising steps of a sample.")
+    # Schedulers that begin one timestep later than 0, as those of SD 1.x, have one less than all.
+    sample_steps: Annotated[int, Field(ge=1, lt=SCHEDULE)] = Field(
+        default=25, description="Denoising steps of a sample."
+    )
     sample_guidance: Annotated[float, Field(ge=1)] = Field(default=5.0, description="Guidance of a sample; 1 is none.")
     format: tuple[Format, ...] = Field(default=("kohya",), description="kohya, diffusers or peft; repeatable.")
 
@@ -155,7 +160,9 @@ class LcmLora(Training):
     )
     loss: Literal["huber", "l2"] = Field(default="huber", description="Pseudo-Huber, or the mean square.")
     huber_c: Positive = Field(default=0.001, description="Where pseudo-Huber turns from square to linear.")
-    sample_steps: Whole = Field(default=4, description="Denoising steps of a sample.")
+    sample_steps: Annotated[int, Field(ge=1, le=LCM_SCHEDULE)] = Field(
+        default=4, description="Denoising steps of a sample."
+    )
     sample_guidance: Annotated[float, Field(ge=1)] = Field(default=1.0, description="Guidance of a sample; 1 is none.")
 
     @model_validator(mode="after")

@@ -80,6 +80,7 @@ def test_a_process_of_a_launcher_launches_nothing(
         (("--rate", "nan"), "--rate"),
         (("--size", "512*512"), "--size"),
         (("--cache", "--crop", "random"), "a cache holds one crop"),
+        (("--sample-steps", "51"), "--sample-steps: Input should be less than or equal to 50"),
         (("--sample-every", "5"), "contact sheets need a prompt"),
         (("--guidance-low", "9", "--guidance-high", "3"), "guidance-low 9 is over guidance-high 3"),
         (("--loss", "l1"), "--loss"),

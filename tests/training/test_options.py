@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, LCMScheduler
+from pydantic import ValidationError
 from torch import Tensor
 from torch.nn import functional
 
-from farm.training import LcmLora, StyleLora
+from farm.training import SCHEDULE, LcmLora, StyleLora
 from tests.pipelines import toys
 from tests.training.conftest import FEW, Folders, hush, weights
 from workers.training import crack_tiny, diffusion, loop, objectives, run
@@ -63,6 +64,18 @@ def test_the_loss_of_distillation_is_the_one_that_was_asked_for(
     assert lost(loss="l2", huber_c=0.5) == lost(loss="l2")
     assert lost(huber_c=0.5) == float(huber(made, target, 0.5))
     assert lost() == float(huber(made, target, 0.001)) != lost(huber_c=0.5)
+
+
+def test_samples_take_as_many_steps_as_their_scheduler_has(tmp_path: Path) -> None:
+    # As checkpoints of SD 1.x have it.
+    ddim = DDIMScheduler(**toys.BETAS, steps_offset=1)
+    for kind, scheduler, most in ((LcmLora, LCMScheduler(**toys.BETAS), 50), (StyleLora, ddim, 999)):
+        given = {"checkpoint": tmp_path, "data": DATA, "out": tmp_path}
+        scheduler.set_timesteps(kind(**given, sample_steps=most).sample_steps)
+        assert len(scheduler.timesteps) == most
+        assert int(scheduler.timesteps.max()) < SCHEDULE
+        with pytest.raises(ValidationError, match="sample_steps"):
+            kind(**given, sample_steps=most + 1)
 
 
 def test_weights_decay_as_much_as_was_asked_for(bases: Folders, tmp_path: Path) -> None:
