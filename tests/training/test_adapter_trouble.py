@@ -20,7 +20,7 @@ from PIL import Image
 
 from farm.training import LcmLora, StyleLora
 from tests.training.conftest import FEW, Folders, hush, weights
-from workers.training import loop, objectives, run
+from workers.training import accelerated, loop, objectives, run
 from workers.training.errors import TrainingError
 from workers.training.formats import export
 
@@ -216,3 +216,43 @@ def test_unknown_targets_are_refused_with_near_names(bases: Folders, pictures: P
     given = {**FEW, "target": ("to_q", "to_kk"), "steps": 1}
     with pytest.raises(TrainingError, match=r"no linear or convolution layer 'to_kk' \(near: .*to_k"):
         run.train(LcmLora(checkpoint=bases["sd"], data=str(pictures), out=tmp_path, **given), say=hush)
+
+
+@pytest.mark.parametrize("kind", [LcmLora, StyleLora])
+def test_float16_on_a_processor_is_refused_before_anything_is_loaded(tmp_path: Path, kind: type[Any]) -> None:
+    given = {**FEW, "checkpoint": tmp_path, "data": "painter:2", "out": tmp_path / "out", "precision": "fp16"}
+    with pytest.raises(TrainingError, match=r"^--precision fp16 needs a GPU; on a processor bf16 or no would do$"):
+        run.train(kind(**given), say=hush)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_log_outlives_a_full_disk_and_keeps_what_a_failing_one_left_of_it(
+    bases: Folders, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def options(steps: int) -> StyleLora:
+        return StyleLora(checkpoint=bases["sd"], data=str(pictures), out=tmp_path, steps=steps, **FEW)
+
+    run.train(options(3), say=hush)
+    log = tmp_path / "log.ndjson"
+    first, second, third = log.read_bytes().splitlines(keepends=True)
+    # As after a power cut: no UTF-8, what ends lines for text but not for bytes, and a last line without its end.
+    damaged = first + b"\xff\0\x0c\r" + second + third.rstrip()
+    log.write_bytes(damaged)
+    real = accelerated.Run._forget_after
+
+    def little_room(*given: Any) -> None:
+        with small_disk(50):
+            real(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(accelerated.Run, "_forget_after", little_room)
+        with pytest.raises(TrainingError, match=r"cannot write .*log\.ndjson: File too large$"):
+            run.train(options(4), say=hush)
+    assert log.read_bytes() == damaged
+    assert not [*tmp_path.glob("*.part")]
+    # A step that the checkpoint does not hold is taken again.
+    log.write_bytes(damaged + b"\n" + third)
+    run.train(options(4), say=hush)
+    assert log.read_bytes().startswith(damaged + b"\n")
+    (line,) = log.read_bytes().removeprefix(damaged + b"\n").splitlines()
+    assert json.loads(line)["step"] == 4

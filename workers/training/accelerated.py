@@ -6,12 +6,14 @@ checkpoint needs no generator's state: adapter, optimizer, scaler and step are e
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from accelerate.utils import gather_object
 
 from farm.training import FREE, Training
 from workers.training.base import Base
-from workers.training.errors import TrainingError
+from workers.training.errors import TrainingError, why
 from workers.training.examples import Positions, Rows, passes
 from workers.training.feed import Feed
 from workers.training.loop import Plan, load, save, seed_step
@@ -184,12 +186,17 @@ class Run:
 
     def _forget_after(self, done: int) -> None:
         """A resumed run takes its steps again; the log holds each once."""
+        half = self.log.with_name(f"{self.log.name}.part")
         try:
             self.options.out.mkdir(parents=True, exist_ok=True)
-            lines = self.log.read_text("utf-8").splitlines() if self.log.exists() else []
-            self.log.write_text("".join(f"{line}\n" for line in lines[:done]), "utf-8")
+            # As bytes: what a failing disk left of a line stays for a person to look at.
+            held = self.log.read_bytes() if self.log.exists() else b""
+            half.write_bytes(b"".join(line.rstrip(b"\n") + b"\n" for line in islice(io.BytesIO(held), done)))
+            half.replace(self.log)
         except OSError as error:
-            raise TrainingError(f"cannot write {self.log}: {error.strerror}") from error
+            with suppress(OSError):
+                half.unlink()
+            raise TrainingError(f"cannot write {self.log}: {why(error)}") from error
 
     def resume(self) -> dict[str, Any]:
         """Put the adapter of the checkpoint in place and return the rest; empty where there is no checkpoint.

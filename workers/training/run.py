@@ -97,7 +97,7 @@ def _accelerator(options: Options) -> Accelerator:
     text = isinstance(options, StyleLora) and options.train_text
     parallel = DistributedDataParallelKwargs(find_unused_parameters=text)
     try:
-        return Accelerator(
+        accelerator = Accelerator(
             mixed_precision=precision,
             gradient_accumulation_steps=options.accumulate,
             cpu=options.cpu,
@@ -105,6 +105,10 @@ def _accelerator(options: Options) -> Accelerator:
         )
     except ValueError as error:
         raise TrainingError(f"--precision {precision}: {error}") from error
+    # Accelerate takes it and leaves autocast out: float16 would meet the adapter's float32 in the first step.
+    if precision == "fp16" and accelerator.device.type == "cpu":
+        raise TrainingError("--precision fp16 needs a GPU; on a processor bf16 or no would do")
+    return accelerator
 
 
 def _prepare(base: Base, options: Options, accelerator: Accelerator, *, text: bool) -> None:
