@@ -215,3 +215,37 @@ def test_verdicts_name_what_is_not_reached() -> None:
     assert [line["reached"] for line in worse] == [False, False, False, True, True, True, False]
     none = verdicts.verdicts({"rows": {"lcm-4": {**good, "rising": None}}, "seconds": {"alone": 0.8, "together": 0.3}})
     assert len(none) == 6, "nothing is said of no diagonals"
+
+
+GOOD = {"wall": 0.97, "crack": 0.96, "direction": 0.94, "hairlines": 0.92, "rising": 0.5, "distance": 1.0}
+FAR = {**dict.fromkeys(verdicts.RATES, 0.5), "distance": 9.0}
+
+
+@pytest.mark.parametrize(
+    ("row", "changes", "promise"),
+    [
+        ("lcm-4", {"wall": 0.949}, "LCM-LoRA, 4 steps: wall at least 0.95"),
+        ("lcm-4", {"direction": 0.895}, "LCM-LoRA, 4 steps: direction at least 0.90"),
+        ("lcm-4", {"hairlines": 0.89}, "LCM-LoRA, 4 steps: hairlines at least 0.90"),
+        ("lcm-4", {"rising": 0.76}, "LCM-LoRA, 4 steps: 0.25 to 0.75 of diagonal cracks rise to the right"),
+        ("lcm-8", {"wall": 0.955}, "LCM-LoRA: 8 steps not worse than 4"),
+        ("lcm-8", {"distance": 1.4}, "LCM-LoRA: 8 steps not worse than 4"),
+        ("ddim-50-guided", {"direction": 1.001}, "LCM-LoRA, 4 steps: direction at least 0.95 of the guided teacher's"),
+        ("ddim-4", {"crack": 0.96}, "4 UNet passes: LCM-LoRA ahead of the teacher's 4 unguided steps in everything"),
+        ("ddim-4", {"distance": 0.9}, "4 UNet passes: LCM-LoRA ahead of the teacher's 4 unguided steps in everything"),
+        ("ddim-2-guided", {"distance": 0.9}, "4 UNet passes: LCM-LoRA ahead of the teacher's 2 guided steps"),
+    ],
+)
+def test_each_promise_is_missed_by_what_it_is_about(row: str, changes: dict[str, float], promise: str) -> None:
+    rows: dict[str, dict[str, float]] = {
+        "lcm-4": GOOD,
+        "lcm-8": GOOD,
+        "ddim-4": FAR,
+        "ddim-2-guided": FAR,
+        "ddim-50-guided": GOOD,
+    }
+    seconds = {"alone": 0.8, "together": 0.3}
+    assert all(line["reached"] for line in verdicts.verdicts({"rows": rows, "seconds": seconds}))
+    found = verdicts.verdicts({"rows": {**rows, row: {**rows[row], **changes}}, "seconds": seconds})
+    (missed,) = [line["promise"] for line in found if not line["reached"]]
+    assert missed.startswith(promise)
