@@ -29,6 +29,15 @@ FREE = frozenset(
 """What may change between the beginning of a run and its resumption; contents of checkpoint and data are compared."""
 
 
+def flag(field: str) -> str:
+    """The option of a field.
+
+    >>> flag("save_every")
+    '--save-every'
+    """
+    return f"--{field.replace('_', '-')}"
+
+
 def unreached(solver: int, timesteps: int = SCHEDULE) -> str:
     """Why a solver of so many timesteps leaves the noisy end of a schedule unlearnt; empty where it does not.
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import typer
 from pydantic import ValidationError
 
-from farm.training import VARIABLE, LcmLora, StyleLora, Training
+from farm.training import VARIABLE, LcmLora, StyleLora, Training, flag
 
 train = typer.Typer(help="Train LoRA adapters for a checkpoint of your own.", no_args_is_help=True)
 
@@ -58,6 +58,9 @@ def command(name: str) -> Callable[..., None]:
 
 def checked(model: type[Training], given: dict[str, Any]) -> Training:
     """The options as the trainer takes them. Raises typer.BadParameter, naming the first that is wrong."""
+    for name, value in given.items():
+        if not _is_text(value):
+            raise typer.BadParameter(f"{value!r} has bytes that are no UTF-8", param_hint=flag(name))
     try:
         return model.model_validate(given)
     except ValidationError as error:
@@ -78,13 +81,13 @@ def start(options: Training) -> None:
     os.execve(sys.executable, [sys.executable, "-u", *command], variables)  # noqa: S606
 
 
-def flag(field: str) -> str:
-    """The option of a field.
-
-    >>> flag("save_every")
-    '--save-every'
-    """
-    return f"--{field.replace('_', '-')}"
+def _is_text(value: Any) -> bool:
+    """Whether an option is made of whole characters: a terminal may give any bytes."""
+    try:
+        "".join(map(str, value if isinstance(value, list) else [value])).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _plain(annotation: Any) -> Any:

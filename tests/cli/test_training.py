@@ -95,6 +95,16 @@ def test_wrong_options_are_named(
     assert not started
 
 
+def test_bytes_that_are_no_text_are_named(run: Run, started: list[tuple[list[str], dict[str, Any]]]) -> None:
+    given = ["train", "lora", "--checkpoint", "a", "--data", "b", "--out", "c"]
+    for option, value in (("--sample-prompt", "wall \udcff"), ("--checkpoint", "\udcff"), ("--out", "c\udcff")):
+        done = run(*given, option, value)
+        assert done.exit_code == 2
+        assert option in done.stderr
+        assert "bytes that are no UTF-8" in " ".join(done.stderr.replace("│", " ").split())
+    assert not started
+
+
 def test_without_torch_it_says_what_to_install(
     run: Run, started: list[tuple[list[str], dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

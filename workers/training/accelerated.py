@@ -182,7 +182,7 @@ class Run:
                 with self.log.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
             except OSError as error:
-                raise TrainingError(f"cannot write {self.log}: {error.strerror}") from error
+                raise TrainingError(f"cannot write {self.log}: {why(error)}") from error
 
     def _forget_after(self, done: int) -> None:
         """A resumed run takes its steps again; the log holds each once."""

@@ -8,20 +8,12 @@ from typing import Any, TypeVar
 import torch
 from pydantic import ConfigDict, ValidationError
 
+from farm.training import flag
 from workers.training.errors import TrainingError
 
 Made = TypeVar("Made")
 STRICT = ConfigDict(allow_inf_nan=False)
 """Settings are numbers that can be counted with."""
-
-
-def flag(name: str) -> str:
-    """How a setting is called on the command line.
-
-    >>> flag("base_steps")
-    '--base-steps'
-    """
-    return f"--{name.replace('_', '-')}"
 
 
 def checked(kind: type[Made], values: Mapping[str, Any]) -> Made:

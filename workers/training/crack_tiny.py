@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from farm.painter import caption, sample_scene
+from farm.training import flag
 from workers.training import autoencoder, diffusion, distill, sharpen, tokens
-from workers.training.arguments import checked, flag, use_threads
+from workers.training.arguments import checked, use_threads
 from workers.training.crack_tiny_settings import QUICK, Settings
 from workers.training.disk import beside
 from workers.training.errors import exit_status

@@ -34,9 +34,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from farm.training import Positive, Seed, Whole
+from farm.training import Positive, Seed, Whole, flag
 from workers.training import crack_tiny, crack_tiny_settings, diffusion, distill, sharpen
-from workers.training.arguments import STRICT, checked, flag, use_threads
+from workers.training.arguments import STRICT, checked, use_threads
 from workers.training.errors import TrainingError, exit_status
 from workers.training.export import export_lora
 from workers.training.finished import check_finished, mark

@@ -14,7 +14,7 @@ from PIL import Image
 from farm.cli.contact_sheet import draw
 from farm.training import Training
 from workers.training.base import Base
-from workers.training.errors import TrainingError
+from workers.training.errors import TrainingError, why
 
 
 def sheet(path: Path, base: Base, options: Training, size: tuple[int, int], accelerator: Accelerator) -> None:
@@ -46,7 +46,7 @@ def sheet(path: Path, base: Base, options: Training, size: tuple[int, int], acce
         half.replace(path)
     except OSError as error:
         half.unlink(missing_ok=True)
-        raise TrainingError(f"cannot write the contact sheet {path}: {error.strerror or error}") from error
+        raise TrainingError(f"cannot write the contact sheet {path}: {why(error)}") from error
 
 
 def _picture(base: Base, latents: torch.Tensor) -> Image.Image:
