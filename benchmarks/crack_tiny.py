@@ -18,6 +18,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from importlib.metadata import version
@@ -216,15 +217,18 @@ def _cpuinfo() -> list[str]:
     return path.read_text("utf-8").splitlines() if path.exists() else []
 
 
-def draw_sheets(bench: Bench, out: Path, ways: list[Way], asked: list[Asked]) -> None:
-    """Sheets to look at: random prompts and the demo's sentences by style weight; the same prompts by row."""
+def draw_sheets(bench: Bench, out: Path, ways: list[Way], asked: list[Asked]) -> dict[float, Pictures]:
+    """Sheets to look at: random prompts and the demo's sentences by style weight; the same prompts by row.
+
+    Returns the pictures of the random prompts, by style weight.
+    """
     style = style_of(bench.renderer.folder)
     mark = sha256(style.read_bytes()).hexdigest()[:8] if style else ""
     demo = [Asked(text, asked[0].scene, 1 + k) for text in prompts.DEMO for k in range(8)]
-    rows = []
+    rows, styled = [], {}
     for weight in STYLES if style else STYLES[:1]:
         way = Way(True, 4, style=weight)
-        made = bench.pictures(way, asked[:ON_SHEET], f"style-{mark}" if weight else "table")
+        made = styled[weight] = bench.pictures(way, asked[:ON_SHEET], f"style-{mark}" if weight else "table")
         sheets.grid(made, out / f"crack_tiny_prompts{f'_style_{weight:g}' if weight else ''}.png")
         made = bench.pictures(way, demo, f"demo-{mark}")
         rows += [(made[at : at + 8], f"style {weight:g}" if at == 0 else "") for at in range(0, len(made), 8)]
@@ -233,6 +237,22 @@ def draw_sheets(bench: Bench, out: Path, ways: list[Way], asked: list[Asked]) ->
     sheets.labelled(steps, out / "crack_tiny_steps.png")
     texts = [f"{k // 8 + 1}.{k % 8 + 1} {one.text}" for k, one in enumerate(asked[:ON_SHEET])]
     (out / "crack_tiny_prompts.txt").write_text("\n".join(texts) + "\n", "utf-8")
+    return styled
+
+
+def nights(styled: Mapping[float, Pictures], painted: Pictures) -> dict[str, Any]:
+    """How bright pictures are at each style weight, and painted ones by night: means of all pixels, 0 to 1.
+
+    `bright` is the share of pictures at the greatest weight that are brighter than 19 of 20 painted nights.
+    """
+    light = {weight: pictures.mean((1, 2, 3)) / 255 for weight, pictures in styled.items()}
+    dark = painted.mean((1, 2, 3)) / 255
+    return {
+        "count": len(painted),
+        "painted": round(float(dark.mean()), 3),
+        "weights": {f"{weight:g}": round(float(values.mean()), 3) for weight, values in light.items()},
+        "bright": round(float((light[max(light)] > np.quantile(dark, 0.95)).mean()), 3),
+    }
 
 
 def say(text: str) -> None:
@@ -277,7 +297,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         say(f"{way.name}: {report['rows'][way.name]}")
         report["verdicts"] = verdicts(report)
         (options.out / "crack_tiny.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
-    draw_sheets(bench, options.out, ways, prompts.prompts(max(options.count, ON_SHEET), options.seed))
+    sheet = prompts.prompts(max(options.count, ON_SHEET), options.seed)
+    styled = draw_sheets(bench, options.out, ways, sheet)
+    if len(styled) > 1:
+        report["nights"] = nights(styled, prompts.painted_nights(sheet[:ON_SHEET]))
+        say(f"nights: {report['nights']}")
+        (options.out / "crack_tiny.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
     return report
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from farm.painter import Scene, paint, sample_scene
+from farm.painter.night import paint_night
 
 DEMO = (
     "A single split crack on a concrete wall",
@@ -81,6 +82,11 @@ def painted(asked: list[Asked], number: int) -> NDArray[np.uint8]:
     return np.stack(
         [paint(one.scene, SIDE, SIDE, 7_000_000_000 + number * 1_000_000 + i).picture for i, one in enumerate(asked)]
     )
+
+
+def painted_nights(asked: list[Asked]) -> NDArray[np.uint8]:
+    """The scenes of some prompts by night: uint8 (n, 128, 128, 3)."""
+    return np.stack([paint_night(one.scene, SIDE, SIDE, 7_002_000_000 + i).picture for i, one in enumerate(asked)])
 
 
 def digest(asked: list[Asked]) -> str:

@@ -75,7 +75,6 @@ _LIGHT: Final = {
 _LIGHT_FIRST: Final = {
     "sunlight": ("Sunlight shining on", "Sunlight falling on", "Bright sun on", "Sunshine on"),
     "shade": ("Shade over", "Shadow on", "Dim light on"),
-    "plain": ("Daylight on",),
 }  # fmt: skip
 _WATER: Final = (
     "with water running down", "with water draining down", "wet with running water",

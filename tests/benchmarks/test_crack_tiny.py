@@ -168,6 +168,17 @@ def test_the_table_has_every_row_and_its_passes() -> None:
     assert (ways["lcm-4"], ways["ddim-2-guided"], ways["ddim-4"], ways["ddim-50-guided"]) == (4, 4, 4, 100)
 
 
+def test_nights_are_as_dark_as_they_are() -> None:
+    def grey(*levels: int) -> np.ndarray:
+        return np.stack([np.full((8, 8, 3), level, np.uint8) for level in levels])
+
+    painted = prompts.painted_nights(prompts.prompts(4, 3))
+    assert painted.mean() < 0.6 * prompts.painted(prompts.prompts(4, 3), 0).mean()
+    styled = {0.0: grey(204, 204, 204, 204), 1.0: grey(51, 51, 51, 153)}
+    found = crack_tiny.nights(styled, grey(*[51] * 18, 51, 102))
+    assert found == {"count": 20, "painted": 0.21, "weights": {"0": 0.8, "1": 0.3}, "bright": 0.25}
+
+
 def test_what_is_left_is_estimated() -> None:
     pace = Pace(0.1, 0.1)
     pace.expect(Way(True, 4), 240)

@@ -44,10 +44,10 @@ class Settings:
 
     seed: Seed = 31
     pictures: Whole = 1_500
-    steps: Whole = 1_000
+    steps: Whole = 3_000
     rate: Positive = 8e-4
     batch: Whole = 16
-    rank: Rank = 8
+    rank: Rank = 16
     drop: Share = 0.1
     bf16: bool = True
 
