@@ -260,8 +260,8 @@ def _nights(found: dict[str, Any]) -> str:
     light = ", ".join(f"{value:.2f} at weight {weight}" for weight, value in found["weights"].items())
     return (
         f"\nBy night: the mean brightness of {found['count']} pictures (0 to 1) in 4 LCM-LoRA steps is {light}; "
-        f"painted by night it is {found['painted']:.2f}.\n{found['bright']:.2f} of them are brighter, at the greatest weight, "
-        "than 19 of 20 painted nights.\n"
+        f"painted by night it is {found['painted']:.2f}.\n"
+        f"{found['bright']:.2f} of them are brighter, at the greatest weight, than 19 of 20 painted nights.\n"
     )
 
 
