@@ -59,12 +59,12 @@ class Settings:
     reader_rate: Positive = 1e-3
     readers: Whole = 2
     """So many, each of a seed of its own: an adapter learns to please one that is alone."""
-    sharpen_steps: Whole = 600
-    sharpen_rate: Positive = 2e-4
+    sharpen_steps: Whole = 2_000
+    sharpen_rate: Positive = 3e-4
     sharpen_weight: Positive = 0.02
     direction: Weight = 3.0
-    lean: Weight = 3.0
-    wall: Weight = 2.0
+    lean: Weight = 5.0
+    wall: Weight = 3.0
     """How often these questions count."""
     crossed: Whole = 4_000
     bent: Whole = 2_000
@@ -73,7 +73,7 @@ class Settings:
     wet: Positive = 3.0
     whole: Positive = 3.0
     """How many times as often as others wet walls are asked for, and walls without cracks."""
-    walks: tuple[Annotated[int, Field(ge=1, le=50)], ...] = (1, 4, 8, 8, 8)
+    walks: tuple[Annotated[int, Field(ge=1, le=50)], ...] = (1, 1, 4, 8, 8, 8)
     """Numbers of steps the student walks, one drawn each time."""
     deep: Whole = 2
     """How many of the steps walked last answer for what the reader finds."""
