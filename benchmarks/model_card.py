@@ -93,7 +93,8 @@ The LCM-LoRA of the table above was then sharpened further, from the finished mo
 {readers} of them, learned from {pool:,} pictures, {crossed:,} whose cracks were put together from two and {bent:,} with
 the halves of two diagonal ones, seed {seed}. The direction of a crack counts {direction:g} times, whether a diagonal
 one rises {lean:g} times, the wall {wall:g} times; wet walls are asked for {wet:g} times as often as others and walls
-without cracks {whole:g} times. Walks are of {walks} steps, and diagonal cracks have to rise or to fall, enough of them each.{styled}
+without cracks {whole:g} times. Walks are of {walks} steps, and
+diagonal cracks have to rise or to fall, enough of them each.{styled}
 Hardware: {hardware}; {hours:.1f} hours in all, as the logs tell.{notes}
 
 {table}"""

@@ -192,11 +192,11 @@ def test_what_was_gone_on_with_is_told_before_what_was_measured(folder: Path, tm
         text = (folder / "README.md").read_text()
         before, _, after = text.partition("\n## Gone on with\n")
         section, _, measured = after.partition("\n## Measured\n")
-        assert f"| sharpen | 50 | 16 | 0.0002 | {float(loss):.3f} | 0.10 |" in section.splitlines()
+        assert f"| sharpen | 50 | 16 | 0.0003 | {float(loss):.3f} | 0.10 |" in section.splitlines()
         assert "| style | 25 | 16 | 0.001 | 0.030 | 0.03 |" in section.splitlines()
         assert "one toy core; 0.1 hours in all, as the logs tell. It slept." in section.replace("\n", " ")
         assert "Walks are of 4, 8 steps" in section.replace("\n", " ")
-        told = (
+        panel = (
             "readers, 2 of them, learned from 12,000 pictures, 4,000 whose cracks were put together from two and 2,000"
         )
         assert panel in section.replace("\n", " ")
