@@ -89,8 +89,8 @@ HONED = (
 
     python -m workers.training.crack_tiny_hone --model FOLDER --work DIR{options}{style}
 
-The LCM-LoRA of the table above was then sharpened further, from the finished model's folder alone. Its readers,
-{readers} of them, learned from {pool:,} pictures, {crossed:,} whose cracks were put together from two and {bent:,} with
+The LCM-LoRA of the table above was then sharpened further, from the finished model's folder alone. Readers:
+{readers}, which learned from {pool:,} pictures, {crossed:,} whose cracks were put together from two and {bent:,} with
 the halves of two diagonal ones, seed {seed}. The direction of a crack counts {direction:g} times, whether a diagonal
 one rises {lean:g} times, the wall {wall:g} times; wet walls are asked for {wet:g} times as often as others and walls
 without cracks {whole:g} times. Walks are of {walks} steps, and

@@ -197,7 +197,7 @@ def test_what_was_gone_on_with_is_told_before_what_was_measured(folder: Path, tm
         assert "one toy core; 0.1 hours in all, as the logs tell. It slept." in section.replace("\n", " ")
         assert "Walks are of 4, 8 steps" in section.replace("\n", " ")
         panel = (
-            "readers, 2 of them, learned from 12,000 pictures, 4,000 whose cracks were put together from two and 2,000"
+            "Readers: 2, which learned from 12,000 pictures, 4,000 whose cracks were put together from two and 2,000"
         )
         assert panel in section.replace("\n", " ")
         # What is printed makes what is shipped: every setting that is not usual stands in the command.
