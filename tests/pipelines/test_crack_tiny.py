@@ -79,7 +79,7 @@ def test_four_sentences_as_stock_diffusers_renders_them(engine: Engine) -> None:
 
 def test_walls_and_cracks_are_those_that_were_asked_for(engine: Engine) -> None:
     """The weights are trained. The analyser knows pixels, not the model."""
-    asked, found, rising = [], [], list[bool]()
+    asked, found = [], []
     for first, wall in enumerate(WALLS):
         directions = ("vertical", "horizontal", "diagonal", "none") * 2
         prompts = [
@@ -91,12 +91,21 @@ def test_walls_and_cracks_are_those_that_were_asked_for(engine: Engine) -> None:
         assert [one.wall for one in seen].count(wall.rsplit(maxsplit=1)[-1]) >= 7, (wall, seen)
         asked += directions
         found += [one.direction for one in seen]
-        rising += [one.rising for one in seen if one.direction == "diagonal"]
     pairs = list(zip(asked, found, strict=True))
     assert sum((one == "none") == (other == "none") for one, other in pairs) >= 36, pairs
     assert sum(one == other for one, other in pairs) >= 34, pairs
-    # Captions leave it open which way a diagonal leans: not always the same one.
-    assert 0.2 <= np.mean(rising) <= 0.8, rising
+
+
+def test_diagonals_lean_both_ways(engine: Engine) -> None:
+    """Captions leave it open which: of so few as 60 a share is known to 0.06."""
+    recipes = [
+        recipe(0, prompt=f"a {width} diagonal crack in a {wall} wall", seed=100 + number)
+        for number, (wall, width) in enumerate([(wall, width) for wall in WALLS for width in ("thin", "wide")] * 6)
+    ]
+    seen = [read(picture) for picture in render(engine, recipes)]
+    rising = [one.rising for one in seen if one.direction == "diagonal"]
+    assert len(rising) >= 50
+    assert 0.2 <= np.mean(rising) <= 0.8, np.mean(rising)
 
 
 def test_night_falls_on_every_wall_by_weight_beside_the_lcm_lora(engine: Engine) -> None:
