@@ -96,15 +96,16 @@ def test_walls_and_cracks_are_those_that_were_asked_for(engine: Engine) -> None:
     assert sum(one == other for one, other in pairs) >= 34, pairs
 
 
-def test_diagonals_lean_both_ways(engine: Engine) -> None:
-    """Captions leave it open which: of so few as 60 a share is known to 0.06."""
+@pytest.mark.parametrize(("width", "first"), [("thin", 100), ("wide", 101)])
+def test_diagonals_lean_both_ways(engine: Engine, width: str, first: int) -> None:
+    """Captions leave it open which, of thin cracks and of wide ones."""
     recipes = [
-        recipe(0, prompt=f"a {width} diagonal crack in a {wall} wall", seed=100 + number)
-        for number, (wall, width) in enumerate([(wall, width) for wall in WALLS for width in ("thin", "wide")] * 6)
+        recipe(0, prompt=f"a {width} diagonal crack in a {wall} wall", seed=first + 2 * number)
+        for number, wall in enumerate(WALLS * 6)
     ]
     seen = [read(picture) for picture in render(engine, recipes)]
     rising = [one.rising for one in seen if one.direction == "diagonal"]
-    assert len(rising) >= 50
+    assert len(rising) >= 25
     assert 0.2 <= np.mean(rising) <= 0.8, np.mean(rising)
 
 
